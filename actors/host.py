@@ -1,0 +1,90 @@
+"""The actor that hosts any worker class. Everything that a role does is a method of the worker."""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+
+Span = tuple[float, float]
+"""Start and end, seconds since 1970."""
+
+
+
+class Host:
+    """One process of a role.
+
+    The worker is built by `build` and not by the constructor, so that a mistake in it is an answer with its own type
+    (a `ModelError`, say) and not an actor that died.
+
+    Args:
+        name: role and rank, for messages.
+        log_path: where this process's chatter goes (the libraries print a lot).
+    """
+
+    def __init__(self, name: str, log_path: str) -> None:
+        self.name = name
+        self.worker: object | None = None
+        _redirect_output(Path(log_path))
+        faulthandler.enable()
+
+    def build(self, factory: str, kwargs: dict[str, object]) -> None:
+        """factory: `module:Class` of the worker."""
+        module, _, name = factory.partition(":")
+        self.worker = getattr(importlib.import_module(module), name)(**kwargs)
+
+    def call(self, method: str, num_after: int, *args: object) -> tuple[object, Span]:
+        """Run a method of the worker; the first `num_after` arguments only order this call after others.
+
+        The second value says when it ran; later calls can wait on it without a copy of the first.
+        """
+        start = time.time()
+        function: Callable[..., object] = getattr(self.worker, method)
+        value = function(*args[num_after:])
+        return value, (start, time.time())
+
+    def call_pair(self, method: str, num_after: int, *args: object) -> tuple[object, object, Span]:
+        """As `call`, for a method that returns two values that travel apart."""
+        (first, second), span = self.call(method, num_after, *args)  # type: ignore[misc]
+        return first, second, span
+
+    def address(self) -> list[str]:
+        """[host:port], free now, for a rendezvous that this process will host."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return [f"{host}:{probe.getsockname()[1]}"]
+
+    def gpus(self) -> list[str]:
+        """This actor's GPUs, by node and index."""
+        context = ray.get_runtime_context()
+        return [f"{context.get_node_id()}/{gpu}" for gpu in context.get_accelerator_ids().get("GPU", [])]
+
+    def close(self) -> None:
+        close = getattr(self.worker, "close", None)
+        if close is not None:
+            close()
+
+
+def _redirect_output(path: Path) -> None:
+    """Send stdout and stderr of this process and its children to a file; where the folder is not there (another
+    machine without the shared folder), they stay with Ray's own logs."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except OSError as error:
+        print(f"{path}: {error}; output stays in Ray's logs", file=sys.stderr)
+        return
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(log, descriptor)
+    os.close(log)
+
+

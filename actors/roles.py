@@ -1,0 +1,191 @@
+"""The roles of `rlhf_ray.roles`, played by groups of actors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from actors.group import ActorGroup, Remote
+from rlhf_ray.config.schema import SyncSection
+from rlhf_ray.reporting.evaluation import EvalRecord
+from rlhf_ray.roles import Done, Pending
+from rlhf_ray.types import (
+    Metrics,
+    PairBatch,
+    Prompts,
+    Ragged,
+    RLBatch,
+    Rollouts,
+    SamplingSpec,
+    Scores,
+    SFTBatch,
+)
+from rlhf_ray.workers.annotator import JudgedPair
+from rlhf_ray.weights.verify import Probe, ProbeReport, compare_probe
+
+
+class RemoteGenerator:
+    """Engines; prompts are dealt out in equal consecutive shares."""
+
+    def __init__(self, group: ActorGroup) -> None:
+        self.group = group
+
+    def generate(self, prompts: Prompts, sampling: SamplingSpec, seed: int) -> Sequence[Pending[Rollouts]]:
+        shares = [rows for rows in np.array_split(np.arange(len(prompts)), len(self.group)) if len(rows)]
+        args = [(prompts.select(rows), sampling, seed) for rows in shares]
+        return cast(Sequence[Pending[Rollouts]], self.group.call_each("generate", args, kind="generate"))
+
+    def probe(self, sequences: Ragged) -> Sequence[Pending[Ragged]]:
+        """Log-probs of all tokens after each row's first, by every engine."""
+        return cast(
+            Sequence[Pending[Ragged]],
+            self.group.call_each("token_logprobs", [(sequences,)] * len(self.group), kind="verify"),
+        )
+
+
+class RemoteScorer:
+    def __init__(self, group: ActorGroup) -> None:
+        self.group = group
+
+    def score(self, rollouts: Pending[Rollouts]) -> Pending[Scores]:
+        return cast(Pending[Scores], self.group.call("score", rollouts, kind="score"))
+
+
+class RemoteReference:
+    def __init__(self, group: ActorGroup) -> None:
+        self.group = group
+
+    def logprobs(self, rollouts: Pending[Rollouts], temperature: float) -> Pending[Ragged]:
+        return cast(Pending[Ragged], self.group.call("logprobs", rollouts, temperature, kind="reference"))
+
+
+class RemoteTrained:
+    def __init__(self, group: ActorGroup) -> None:
+        self.group = group
+
+    def save_model(self, folder: Path) -> Pending[None]:
+        return cast(Pending[None], self.group.call("save_model", folder))
+
+    def save_state(self, folder: Path) -> Pending[None]:
+        return cast(Pending[None], self.group.call("save_state", folder, kind="save"))
+
+    def load_state(self, folder: Path) -> Pending[None]:
+        return cast(Pending[None], self.group.call("load_state", folder))
+
+
+class RemotePolicy(RemoteTrained):
+    """
+    Args:
+        engines: where weights are published; None in stages without generation.
+        probe: token sequences on which engine and trainer must agree after a sync.
+    """
+
+    def __init__(
+        self,
+        group: ActorGroup,
+        sync: SyncSection,
+        engines: RemoteGenerator | None = None,
+        probe: Ragged | None = None,
+    ) -> None:
+        super().__init__(group)
+        self.engines = engines
+        self.probe = probe
+        self.sync = sync
+        self._verified: list[Probe | None] = [None] * (len(engines.group) if engines else 0)
+
+    def logprobs(self, chunks: Sequence[Pending[Rollouts]]) -> Pending[Ragged]:
+        return cast(Pending[Ragged], self.group.call("logprobs", *chunks, kind="old_logprobs"))
+
+    def train_rl(self, batch: Pending[RLBatch], step: int, kl_coef: float) -> Pending[Metrics]:
+        return cast(Pending[Metrics], self.group.call("train_rl", batch, step, kl_coef, kind="train_policy"))
+
+    def train_sft(self, batch: Pending[SFTBatch]) -> Pending[Metrics]:
+        return cast(Pending[Metrics], self.group.call("train_sft", batch, kind="train_policy"))
+
+    def evaluate_sft(self, batch: Pending[SFTBatch]) -> Pending[Metrics]:
+        return cast(Pending[Metrics], self.group.call("evaluate_sft", batch))
+
+    def publish(self, version: int, verify: bool) -> Metrics:
+        metrics = cast(Remote[Metrics], self.group.call("publish", version, kind="sync")).result()
+        return {**metrics, **self._verify()} if verify else metrics
+
+    def _verify(self) -> Metrics:
+        """Compare every engine with the trainer on the probe; the metrics are those of the worst engine.
+
+        Raises:
+            WeightSyncError: an engine does not hold what was published.
+        """
+        assert self.engines is not None and self.probe is not None
+        pending = self.engines.probe(self.probe)
+        trainer = cast(Remote[Ragged], self.group.call("probe", self.probe, kind="verify")).result()
+        reports: list[ProbeReport] = []
+        for index, engine in enumerate(pending):
+            current = Probe(engine=engine.result(), trainer=trainer)
+            reports.append(compare_probe(current, self._verified[index], self.sync.tolerance))
+            self._verified[index] = current
+        return max(reports, key=lambda report: report.mean).metrics()
+
+
+class RemoteCritic(RemoteTrained):
+    def values(self, chunks: Sequence[Pending[Rollouts]]) -> Pending[Ragged]:
+        return cast(Pending[Ragged], self.group.call("values", *chunks, kind="values"))
+
+    def train_rl(self, batch: Pending[RLBatch], step: int) -> Pending[Metrics]:
+        return cast(Pending[Metrics], self.group.call("train_rl", batch, step, kind="train_critic"))
+
+
+class RemoteRewardTrainer(RemoteTrained):
+    def train_pairs(self, batch: Pending[PairBatch]) -> Pending[Metrics]:
+        return cast(Pending[Metrics], self.group.call("train_pairs", batch, kind="train_reward"))
+
+    def score_pairs(self, batch: Pending[PairBatch]) -> Pending[tuple[Ragged, Ragged]]:
+        return cast(Pending[tuple[Ragged, Ragged]], self.group.call("score_pairs", batch))
+
+
+class RemoteAnnotators:
+    def __init__(self, group: ActorGroup) -> None:
+        self.group = group
+
+    def annotate(self, rollouts: Pending[Rollouts]) -> Pending[list[JudgedPair]]:
+        return cast(Pending[list[JudgedPair]], self.group.call("annotate", rollouts, kind="score"))
+
+
+class RemoteExperience:
+    def __init__(self, group: ActorGroup) -> None:
+        self.group = group
+
+    def prepare(
+        self,
+        chunks: Sequence[Pending[Rollouts]],
+        scores: Sequence[Pending[Scores]],
+        ref_logprobs: Sequence[Pending[Ragged]],
+        old_logprobs: Pending[Ragged],
+        values: Pending[Ragged],
+        step: int,
+        kl_coef: float,
+    ) -> tuple[Pending[RLBatch], Pending[Metrics]]:
+        batch, metrics = self.group.call_pair(
+            "prepare", step, kl_coef, old_logprobs, values, *chunks, *scores, *ref_logprobs, kind="prepare"
+        )
+        return cast(Pending[RLBatch], batch), cast(Pending[Metrics], metrics)
+
+    def evaluate(
+        self,
+        chunks: Sequence[Pending[Rollouts]],
+        scores: Sequence[Pending[Scores]],
+        ref_logprobs: Sequence[Pending[Ragged]],
+        logprobs: Pending[Ragged],
+    ) -> Pending[list[EvalRecord]]:
+        return cast(
+            Pending[list[EvalRecord]],
+            self.group.call("evaluate", logprobs, *chunks, *scores, *ref_logprobs),
+        )
+
+    def state_dict(self) -> Pending[dict[str, float]]:
+        return cast(Pending[dict[str, float]], self.group.call("state_dict"))
+
+    def load_state_dict(self, state: dict[str, float]) -> Pending[None]:
+        return cast(Pending[None], self.group.call("load_state_dict", Done(state)))

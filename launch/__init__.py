@@ -1,0 +1,15 @@
+"""From a configuration to running roles: the command line, clusters, placement, stages.
+
+`run(config)` is the command `rlhf-ray train` for Python: the same run, with the metrics coming back as objects.
+"""
+
+__all__ = ["run"]
+
+
+def __getattr__(name: str) -> object:
+    # Ray and torch take seconds to import; `rlhf-ray --help` needs neither.
+    if name == "run":
+        from launch.pipeline import run
+
+        return run
+    raise AttributeError(f"module 'launch' has no attribute {name!r}")

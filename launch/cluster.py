@@ -1,0 +1,60 @@
+"""The Ray cluster of a run: started for it on this machine, or joined."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import ray
+
+from rlhf_ray.config.schema import ClusterSection
+from rlhf_ray.errors import ResourceError
+
+MIB = 1 << 20
+SPARE_MEMORY = 0.9
+"""Share of the available memory that the roles may ask for; the rest is for the driver and the page cache."""
+
+
+@contextmanager
+def cluster(section: ClusterSection) -> Iterator[None]:
+    """A connection to Ray for the time of the block. One that the caller opened before is used and left open.
+
+    Raises:
+        ResourceError: no cluster answers at `cluster.address`.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    # Ray would otherwise warn at every start about behaviour that does not concern us.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if section.address is None:
+        store = section.object_store_mib * MIB
+        ray.init(
+            num_cpus=usable_cpus(),
+            object_store_memory=store,
+            _memory=max(0, int(psutil.virtual_memory().available * SPARE_MEMORY) - store),
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    else:
+        try:
+            ray.init(address=section.address, logging_level=logging.ERROR, log_to_driver=False)
+        except (ConnectionError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ResourceError(
+                f"cluster.address={section.address}: no Ray cluster answers there ({reason}); start one with "
+                "`ray start --head`, or leave the address out to use this machine"
+            ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def usable_cpus() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))

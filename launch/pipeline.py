@@ -1,0 +1,106 @@
+"""A run from its configuration to its results: the stages one after the other, each in its folder."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Event
+
+from launch.artefacts import Artefacts
+from launch.cluster import cluster
+from launch.stages import STAGE_RUNNERS
+from launch.stages.context import StageContext
+from rlhf_ray.config.checks import check_config
+from rlhf_ray.config.loading import dump_config
+from rlhf_ray.config.schema import RunConfig, StageName
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.reporting.capture import capture_library_output
+from rlhf_ray.reporting.metrics_log import RunResult, load_run
+from rlhf_ray.reporting.progress import Progress, open_progress
+from rlhf_ray.reporting.run_folder import RunFolder, RunRecord
+
+
+def run(config: RunConfig, *, quiet: bool = False) -> RunResult:
+    """Do all stages that are not done yet.
+
+    Args:
+        quiet: show no progress, for scripts and notebooks.
+
+    Returns:
+        Metrics of every step of every stage, and the folders.
+
+    Raises:
+        ConfigError: with every mistake that can be found before anything starts.
+        UserError: a dataset, a model or the cluster is not as the configuration says.
+        Interrupted: Ctrl-C; the state is saved.
+        RlhfRayError: the run failed.
+    """
+    mistakes = check_config(config)
+    if mistakes:
+        raise ConfigError(*mistakes)
+    root = RunFolder(config.output_dir)
+    is_pipeline = bool(config.pipeline)
+    with ExitStack() as stack:
+        if is_pipeline:
+            record = RunRecord(name="pipeline", config=dump_config(config), stages=config.stages)
+            root.begin(record, resume=config.resume == "auto")
+            stack.enter_context(root.recording_outcome())
+        terminal = stack.enter_context(capture_library_output(root.logs / "driver.log"))
+        progress = open_progress(config.stages, terminal, quiet=quiet)
+        stack.callback(progress.close)
+        interrupt = stack.enter_context(_interrupts(progress))
+        stack.enter_context(cluster(config.cluster))
+        artefacts = Artefacts.at_start(config)
+        for name in config.stages:
+            folder = root.stage(name) if is_pipeline else root
+            _run_stage(config, name, artefacts, folder, progress, interrupt)
+            artefacts = artefacts.after(name, folder)
+    return load_run(config.output_dir)
+
+
+def _run_stage(
+    config: RunConfig,
+    name: StageName,
+    artefacts: Artefacts,
+    folder: RunFolder,
+    progress: Progress,
+    interrupt: Event,
+) -> None:
+    """Run the stage, or what is left of it."""
+    is_resumed = config.resume == "auto"
+    if is_resumed and _is_done(folder):
+        progress.message(f"{name}: done before")
+        return
+    context = StageContext(config, name, artefacts, folder, progress, interrupt)
+    folder.begin(RunRecord(name=name, config=dump_config(config)), resume=is_resumed)
+    with folder.recording_outcome():
+        metrics = STAGE_RUNNERS[name](context)
+        folder.record_origin(context.data, context.parents)
+        folder.finish("done", metrics)
+
+
+def _is_done(folder: RunFolder) -> bool:
+    return folder.run_path.exists() and folder.read().status == "done"
+
+
+@contextmanager
+def _interrupts(progress: Progress) -> Iterator[Event]:
+    """The first Ctrl-C sets the event, and the loop saves after the step it is in; the second stops at once."""
+    event = Event()
+
+    def on_signal(*_: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+        progress.message("Ctrl-C: stopping after this step and saving; press it again to stop at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # signals belong to the main thread; a notebook's worker thread goes without
+        return
+    earlier = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, earlier)

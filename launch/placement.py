@@ -1,0 +1,209 @@
+"""Which actor gets which share of the cluster, and what to say when there is not enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.group import ActorGroup, Timeline, Turns
+from actors.host import Host
+from rlhf_ray.config.schema import ClusterSection, RoleSection
+from rlhf_ray.errors import ResourceError
+from rlhf_ray.reporting.run_folder import RunFolder
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class RoleDemand:
+    """What one role asks for. memory: bytes an actor; gpus_per_actor: devices of an actor where there are GPUs."""
+
+    name: str
+    section: RoleSection
+    memory: int
+    gpus_per_actor: int = 1
+
+
+@dataclass(frozen=True)
+class RoleShare:
+    """What each actor of a role gets."""
+
+    cpus: float
+    gpus: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """CPUs, GPUs and bytes of memory of the whole cluster."""
+
+    cpus: float
+    gpus: float
+    memory: float
+
+    @classmethod
+    def of_cluster(cls) -> Capacity:
+        found = ray.cluster_resources()
+        return cls(found.get("CPU", 0.0), found.get("GPU", 0.0), found.get("memory", 0.0))
+
+
+def resolve_shares(demands: Sequence[RoleDemand], capacity: Capacity) -> dict[str, RoleShare]:
+    """Fill in every `auto`: an equal share of the CPUs; a GPU an actor, or an equal share of too few; and as many
+    threads as the role's actors have cores to themselves while it works."""
+    num_actors = sum(demand.section.count for demand in demands)
+    shares = {}
+    for demand in demands:
+        section = demand.section
+        gpus = section.gpus
+        if gpus == "auto":
+            wanted = demand.gpus_per_actor
+            gpus = _share(capacity.gpus, num_actors, at_most=wanted) if capacity.gpus else 0.0
+        cpus = _share(capacity.cpus, num_actors, at_most=1.0) if section.cpus == "auto" else section.cpus
+        threads = max(1, int(capacity.cpus) // section.count) if section.threads == "auto" else section.threads
+        if section.threads == "auto" and gpus:
+            threads = 1
+        shares[demand.name] = RoleShare(cpus, gpus, threads)
+    return shares
+
+
+def _share(total: float, parts: int, at_most: float) -> float:
+    # Ray counts in steps of 1/10000; hundredths are readable and never add up to more than there is.
+    return min(at_most, math.floor(100 * total / parts) / 100)
+
+
+def take_turns(demands: Sequence[RoleDemand], shares: Mapping[str, RoleShare], capacity: Capacity) -> bool:
+    """Whether the roles have more threads, or need more GPUs, than there are, so that they must work in turn."""
+    threads = sum(demand.section.count * shares[demand.name].threads for demand in demands)
+    gpus_shared = any(0 < shares[demand.name].gpus < 1 for demand in demands)
+    return gpus_shared or (threads > capacity.cpus and not any(share.gpus for share in shares.values()))
+
+
+class Placement:
+    """The resources of a stage, held until `release`.
+
+    Raises:
+        ResourceError: the cluster does not have them, or not within `cluster.start_timeout`.
+    """
+
+    def __init__(self, demands: Sequence[RoleDemand], cluster: ClusterSection, folder: RunFolder) -> None:
+        capacity = Capacity.of_cluster()
+        self.demands = {demand.name: demand for demand in demands}
+        self.shares = resolve_shares(demands, capacity)
+        self.cluster = cluster
+        self.folder = folder
+        self.turns = Turns(take_turns(demands, self.shares, capacity))
+        self.timeline = Timeline()
+        self._groups: list[ActorGroup] = []
+        self._first_bundle: dict[str, int] = {}
+        bundles: list[dict[str, float]] = []
+        for demand in demands:
+            self._first_bundle[demand.name] = len(bundles)
+            bundles += [self._bundle(demand)] * demand.section.count
+        self._group = self._reserve(bundles, capacity)
+
+    def _bundle(self, demand: RoleDemand) -> dict[str, float]:
+        share = self.shares[demand.name]
+        wanted = {"CPU": share.cpus, "GPU": share.gpus, "memory": float(demand.memory)}
+        return {name: amount for name, amount in wanted.items() if amount}
+
+    def _reserve(self, bundles: list[dict[str, float]], capacity: Capacity) -> PlacementGroup:
+        """Wait for the bundles; on this machine alone nothing can arrive later, so too little is said at once."""
+        missing = self._missing(bundles, capacity)
+        if missing and self.cluster.address is None:
+            raise ResourceError(self._explain(missing, capacity))
+        group = placement_group(bundles, strategy="PACK")
+        if not group.wait(timeout_seconds=self.cluster.start_timeout):
+            remove_placement_group(group)
+            waited = f"after {self.cluster.start_timeout} s: "
+            in_use = missing or "the resources exist but are in use, or no single node has enough for an actor"
+            raise ResourceError(waited + self._explain(in_use, Capacity.of_cluster()))
+        return group
+
+    @staticmethod
+    def _missing(bundles: Sequence[Mapping[str, float]], capacity: Capacity) -> str:
+        """What the cluster lacks even when it is empty."""
+        have = {"CPU": capacity.cpus, "GPU": capacity.gpus, "memory": capacity.memory}
+        lacking = []
+        for name, amount in have.items():
+            asked = sum(bundle.get(name, 0.0) for bundle in bundles)
+            if asked > amount + 1e-6:
+                lacking.append(f"{_amount(name, asked - amount)} more")
+        return ", ".join(lacking)
+
+    def _explain(self, missing: str, capacity: Capacity) -> str:
+        asked = "; ".join(
+            f"{demand.section.count} x {name} with "
+            + ", ".join(_amount(kind, amount) for kind, amount in self._bundle(demand).items())
+            for name, demand in self.demands.items()
+        )
+        have = ", ".join(
+            _amount(name, amount)
+            for name, amount in (("CPU", capacity.cpus), ("GPU", capacity.gpus), ("memory", capacity.memory))
+        )
+        return (
+            f"placement: asks for {asked}. The cluster has {have}. Missing: {missing}. Lower placement.<role>.count, "
+            "cpus or gpus, use a smaller model, or give the cluster more"
+        )
+
+    def start(self, name: str) -> ActorGroup:
+        """Start the actors of a role; their workers are built by `ActorGroup.build`."""
+        share, demand = self.shares[name], self.demands[name]
+        handles = [
+            self._start_host(f"{name}-{rank}" if demand.section.count > 1 else name, share, self._first_bundle[name] + rank)
+            for rank in range(demand.section.count)
+        ]
+        return self._grouped(name, handles)
+
+    def start_helper(self, name: str) -> ActorGroup:
+        """Start an actor that needs no share of its own: it works little, and while the others wait for it."""
+        return self._grouped(name, [self._start_host(name, RoleShare(0, 0, 1), None)])
+
+    def _grouped(self, name: str, handles: list[ActorHandle]) -> ActorGroup:
+        group = ActorGroup(name, handles, self.turns, self.timeline, self.cluster.call_timeout)
+        self._groups.append(group)
+        return group
+
+    def _start_host(self, name: str, share: RoleShare, bundle: int | None) -> ActorHandle:
+        strategy = "DEFAULT"
+        if bundle is not None:
+            strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+        log = self.folder.logs.resolve() / f"{name}.log"
+        return (
+            ray.remote(Host)
+            .options(
+                num_cpus=share.cpus,
+                num_gpus=share.gpus,
+                scheduling_strategy=strategy,
+                runtime_env={"env_vars": _environment(share.threads)},
+            )
+            .remote(name, str(log))
+        )
+
+    def release(self) -> None:
+        """End all actors and give the resources back."""
+        for group in self._groups:
+            group.close()
+        remove_placement_group(self._group)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        # Idle threads must not spin: the next role is using the cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+
+
+def _amount(kind: str, amount: float) -> str:
+    if kind == "memory":
+        return f"{amount / GIB:.1f} GiB memory"
+    return f"{amount:g} {kind}"

@@ -1,0 +1,162 @@
+"""What every stage needs: models, datasets, actors, and the surroundings of its loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Event
+from typing import TypeVar
+
+import torch
+
+from actors.group import ActorGroup
+from launch.artefacts import Artefacts
+from launch.memory import PROCESS, num_parameters, trained_memory
+from launch.placement import Capacity, Placement, RoleDemand
+from rlhf_ray.config.loading import dump_config
+from rlhf_ray.config.schema import DatasetSection, ModelSection, OptimizerSection, RunConfig, StageName
+from rlhf_ray.data.chat import ChatFormatter
+from rlhf_ray.data.loading import Table, load_rows
+from rlhf_ray.data.skipped import Skipped
+from rlhf_ray.engines.deepspeed_engine import World
+from rlhf_ray.loops.checkpoints import Checkpoints
+from rlhf_ray.loops.stage_run import StageRun
+from rlhf_ray.models.loading import eos_token_ids, load_tokenizer, materialise
+from rlhf_ray.reporting.metrics_log import MetricsLog
+from rlhf_ray.reporting.progress import Progress
+from rlhf_ray.reporting.run_folder import RunFolder
+from rlhf_ray.workers.model_worker import WorkerSpec
+
+Example = TypeVar("Example")
+
+
+@dataclass
+class StageContext:
+    """
+    Fields:
+        artefacts: what earlier stages made.
+        data, parents: filled in as the stage reads them: dataset -> fingerprint, `model` -> folder or name.
+    """
+
+    config: RunConfig
+    name: StageName
+    artefacts: Artefacts
+    folder: RunFolder
+    progress: Progress
+    interrupt: Event
+    data: dict[str, str] = field(default_factory=dict)
+    parents: dict[str, str] = field(default_factory=dict)
+
+    # Models
+
+    def model(self, role: str, section: ModelSection | None, default: ModelSection | None = None) -> ModelSection:
+        """The model that the section names, or else the newest one of the pipeline; noted as a parent."""
+        chosen = section or default or self.artefacts.policy
+        self.parents[role] = chosen.path
+        # A folder on disk, so that vLLM and every actor load the same files; the cache makes this cheap.
+        return chosen.model_copy(update={"path": str(materialise(chosen))})
+
+    def formatter(self, model: ModelSection) -> ChatFormatter:
+        tokenizer = load_tokenizer(model)
+        return ChatFormatter(tokenizer, eos_token_ids(model, tokenizer))
+
+    # Data
+
+    def examples(
+        self, section: DatasetSection, convert: Callable[[Table], tuple[list[Example], Skipped]]
+    ) -> list[Example]:
+        table = load_rows(section, self.config.seed)
+        self.data[table.source] = table.fingerprint
+        examples, skipped = convert(table)
+        self.report_skipped(section.path, skipped)
+        return examples
+
+    def report_skipped(self, source: str, skipped: Skipped) -> None:
+        if len(skipped) or skipped.truncated:
+            self.progress.message(f"{source}: {skipped}")
+
+    # Actors
+
+    @contextmanager
+    def placement(self, demands: Sequence[RoleDemand]) -> Iterator[Placement]:
+        """The stage's resources. On leaving, every actor is closed and the resources are given back."""
+        placement = Placement(demands, self.config.cluster, self.folder)
+        try:
+            yield placement
+        finally:
+            placement.release()
+
+    def demand_trained(self, role: str, model: ModelSection) -> RoleDemand:
+        section = getattr(self.config.placement, role)
+        memory = trained_memory(num_parameters(model), self.config.training, section.count)
+        return RoleDemand(role, section, self.main_memory(memory))
+
+    def main_memory(self, on_cpu: int) -> int:
+        """Bytes of main memory of an actor: with GPUs the model lives there."""
+        return PROCESS if Capacity.of_cluster().gpus else on_cpu
+
+    def build_trained(
+        self,
+        placement: Placement,
+        role: str,
+        factory: str,
+        optimizer: OptimizerSection,
+        num_steps: int,
+        **options: object,
+    ) -> ActorGroup:
+        """Start and build the ranks of a trained model.
+
+        Args:
+            factory: `module:Class` in `rlhf_ray.workers`.
+            num_steps: optimizer steps of the whole stage.
+            options: further arguments of the worker.
+        """
+        group = placement.start(role)
+        share = placement.shares[role]
+        master = str(group.address())
+        specs = [
+            WorkerSpec(
+                optimizer=optimizer,
+                training=self.config.training,
+                world=World(rank, len(group), master, share.threads, use_gpu=share.gpus > 0),
+                total_steps=num_steps,
+                seed=self.config.seed,
+            )
+            for rank in range(len(group))
+        ]
+        arguments = [{"spec": spec, **options} for spec in specs]
+        group.build(f"rlhf_ray.workers.{factory}", arguments, self.config.cluster.start_timeout)
+        return group
+
+    @staticmethod
+    def device(placement: Placement, role: str) -> torch.device:
+        # Ray shows an actor only its own GPU.
+        return torch.device("cuda", 0) if placement.shares[role].gpus else torch.device("cpu")
+
+    # The loop's surroundings
+
+    @contextmanager
+    def stage_run(self, placement: Placement) -> Iterator[StageRun]:
+        run = StageRun(
+            name=self.name,
+            folder=self.folder,
+            seed=self.config.seed,
+            checkpoints=Checkpoints(
+                self.folder.path.resolve() / "checkpoints",
+                self.config.checkpoint.every,
+                self.config.checkpoint.keep_last,
+            ),
+            progress=self.progress,
+            open_log=self._open_log,
+            interrupt=self.interrupt,
+            timings=placement.timeline.take,
+        )
+        try:
+            yield run
+        finally:
+            run.close()
+
+    def _open_log(self, start: int) -> MetricsLog:
+        config = dump_config(self.config)
+        return MetricsLog(self.folder, self.name, self.config.logging, config=config, resume_step=start)

@@ -1,0 +1,60 @@
+"""Starting generation engines: shared by the stages that sample."""
+
+from __future__ import annotations
+
+from actors.group import ActorGroup
+from launch.memory import engine_memory, num_parameters
+from launch.placement import Placement, RoleDemand
+from launch.stages.context import StageContext
+from rlhf_ray.config.schema import DatasetSection, ModelSection
+from rlhf_ray.data.chat import ChatFormatter
+from rlhf_ray.data.encoding import encode_prompts
+from rlhf_ray.data.formats import prompt_examples
+from rlhf_ray.seeds import derive_seed
+from rlhf_ray.types import Prompts
+
+_FACTORIES = {
+    "vllm": "rlhf_ray.engines.vllm_generator:VLLMGenerator",
+    "transformers": "rlhf_ray.engines.hf_generator:HFGenerator",
+}
+
+
+def demand_engine(context: StageContext, model: ModelSection) -> RoleDemand:
+    engine = context.config.engine
+    memory = context.main_memory(engine_memory(num_parameters(model), engine))
+    return RoleDemand(
+        "engine", context.config.placement.engine, memory, gpus_per_actor=engine.tensor_parallel_size
+    )
+
+
+def build_engines(
+    context: StageContext,
+    placement: Placement,
+    group: ActorGroup,
+    model: ModelSection,
+    max_model_len: int,
+    **options: object,
+) -> None:
+    """Args: options: further arguments of the generator (`version`, `weight_backend`)."""
+    engine = context.config.engine
+    arguments = [
+        {
+            "model_folder": model.path,
+            "section": engine,
+            "max_model_len": max_model_len,
+            "threads": placement.shares["engine"].threads,
+            "seed": derive_seed(context.config.seed, rank),
+            **options,
+        }
+        for rank in range(len(group))
+    ]
+    group.build(_FACTORIES[engine.backend], arguments, context.config.cluster.start_timeout)
+
+
+def load_prompts(
+    context: StageContext, section: DatasetSection, formatter: ChatFormatter, max_prompt_length: int
+) -> Prompts:
+    examples = context.examples(section, prompt_examples)
+    prompts, skipped = encode_prompts(examples, formatter, max_prompt_length)
+    context.report_skipped(section.path, skipped)
+    return prompts

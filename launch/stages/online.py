@@ -1,0 +1,75 @@
+"""Reinforcement learning: all roles at once."""
+
+from __future__ import annotations
+
+from launch.stages.context import StageContext
+from launch.stages.generation import load_prompts
+from launch.stages.online_roles import OnlineBuilder, OnlineModels, demands
+from rlhf_ray.config.schema import ModelReward, ModelSection, OnlineSection, Reward
+from rlhf_ray.data.chat import ChatFormatter
+from rlhf_ray.data.split import split_key, split_rows
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.loops.online import OnlineLoop
+from rlhf_ray.reporting.evaluation import summarise
+from rlhf_ray.reporting.summary import save_closing
+from rlhf_ray.types import Metrics, Prompts
+
+HELD_OUT_PROMPTS = 64
+"""Kept from the training prompts where no eval_dataset is named; a tenth of them, if that is less."""
+
+
+def run_online(context: StageContext) -> Metrics:
+    section = context.config.online
+    assert section is not None
+    policy = context.model("model", section.model)
+    reference = context.model("reference", section.reference, default=section.model)
+    models = OnlineModels(policy, reference, _reward_models(context, section))
+    prompts, held_out = _prompts(context, section, context.formatter(policy))
+    with (
+        context.placement(demands(context, models)) as placement,
+        context.stage_run(placement) as run,
+    ):
+        roles = OnlineBuilder(context, placement, models).build(prompts)
+        loop = OnlineLoop(
+            section=section,
+            sync=context.config.sync,
+            roles=roles,
+            prompts=prompts,
+            held_out=held_out,
+            run=run,
+            starts_at_reference=reference == policy,
+        )
+        before, after = loop.train()
+        roles.policy.save_model(context.folder.model.resolve()).result()
+    watched = [reward.name for reward in section.rewards if reward.weight == 0]
+    save_closing(context.folder, summarise(before, after, watched=watched), before, after)
+    return run.last_metrics
+
+
+def _reward_models(
+    context: StageContext, section: OnlineSection
+) -> list[tuple[Reward, ModelSection | None]]:
+    """Each reward source, with the model of those that are one."""
+    found: list[tuple[Reward, ModelSection | None]] = []
+    for reward in section.rewards:
+        if not isinstance(reward, ModelReward):
+            found.append((reward, None))
+            continue
+        named = ModelSection(path=reward.path) if reward.path else context.artefacts.reward_model
+        if named is None:
+            raise ConfigError(f"online.rewards: '{reward.name}' names no path, and no reward stage came before")
+        found.append((reward, context.model(f"reward:{reward.name}", named)))
+    return found
+
+
+def _prompts(
+    context: StageContext, section: OnlineSection, formatter: ChatFormatter
+) -> tuple[Prompts, Prompts]:
+    """To train on, and held out."""
+    prompts = load_prompts(context, section.dataset, formatter, section.max_prompt_length)
+    if section.eval_dataset is not None:
+        return prompts, load_prompts(context, section.eval_dataset, formatter, section.max_prompt_length)
+    keys = [split_key(messages, "prompt") for messages in prompts.messages]
+    wanted = min(HELD_OUT_PROMPTS, max(1, len(prompts) // 10))
+    train, held_out = split_rows(keys, float(wanted) if wanted > 1 else 1 / len(keys), context.config.seed)
+    return prompts.select(train), prompts.select(held_out)

@@ -1,0 +1,158 @@
+"""Starting the roles of the online stage and connecting the policy to the engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from actors.engine_calls import RemoteEngineCalls
+from actors.group import ActorGroup
+from actors.roles import (
+    RemoteCritic,
+    RemoteExperience,
+    RemoteGenerator,
+    RemotePolicy,
+    RemoteReference,
+    RemoteScorer,
+)
+from launch.memory import frozen_memory, num_parameters
+from launch.placement import Placement, RoleDemand
+from launch.stages.context import StageContext
+from launch.stages.generation import build_engines, demand_engine
+from rlhf_ray.config.schema import ModelSection, OnlineSection, OptimizerSection, Reward
+from rlhf_ray.loops.online import OnlineRoles
+from rlhf_ray.types import Prompts, Ragged
+from rlhf_ray.weights.sync import Backend, TransferSpec, choose_backend
+
+PROBE_ROWS, PROBE_TOKENS = 8, 64
+
+
+@dataclass(frozen=True)
+class OnlineModels:
+    """Fields: rewards: each source, with the model of those that are one."""
+
+    policy: ModelSection
+    reference: ModelSection
+    rewards: list[tuple[Reward, ModelSection | None]]
+
+    @property
+    def reward_models(self) -> list[ModelSection]:
+        return [model for _, model in self.rewards if model is not None]
+
+
+def demands(context: StageContext, models: OnlineModels) -> list[RoleDemand]:
+    placement = context.config.placement
+    parameters = num_parameters(models.policy)
+    rewards = frozen_memory(parameters, len(models.reward_models))
+    return [
+        context.demand_trained("policy", models.policy),
+        context.demand_trained("critic", models.policy),
+        RoleDemand("reference", placement.reference, context.main_memory(frozen_memory(parameters))),
+        RoleDemand("reward", placement.reward, context.main_memory(rewards)),
+        demand_engine(context, models.policy),
+    ]
+
+
+@dataclass(frozen=True)
+class OnlineBuilder:
+    context: StageContext
+    placement: Placement
+    models: OnlineModels
+
+    @property
+    def section(self) -> OnlineSection:
+        section = self.context.config.online
+        assert section is not None
+        return section
+
+    def build(self, prompts: Prompts) -> OnlineRoles:
+        """Start every role; the slow ones (importing, loading) start side by side."""
+        context = self.context
+        policy, backend, engines = self._policy_and_engines()
+        critic = self._trained("critic", "scalar:CriticWorker", self.section.critic_optimizer, self._critic_start())
+        generator = RemoteGenerator(engines)
+        roles = OnlineRoles(
+            generator=generator,
+            scorer=RemoteScorer(self._frozen("reward", policy=self.models.policy, sources=self.models.rewards)),
+            reference=RemoteReference(self._frozen("reference", model=self.models.reference)),
+            policy=RemotePolicy(policy, context.config.sync, generator, _probe(prompts)),
+            critic=RemoteCritic(critic),
+            experience=RemoteExperience(self._experience()),
+        )
+        self._connect(policy, engines, backend)
+        return roles
+
+    def _policy_and_engines(self) -> tuple[ActorGroup, Backend, ActorGroup]:
+        dtype = torch.bfloat16 if self.context.config.engine.dtype == "bfloat16" else torch.float32
+        policy = self._trained(
+            "policy", "policy:PolicyWorker", self.section.optimizer, self.models.policy, wire_dtype=dtype
+        )
+        engines = self.placement.start("engine")
+        backend = choose_backend(policy.gpus(), engines.gpus())
+        max_model_len = self.section.max_prompt_length + self.section.max_completion_length
+        build_engines(
+            self.context, self.placement, engines, self.models.policy, max_model_len, weight_backend=backend
+        )
+        return policy, backend, engines
+
+    def _trained(
+        self, role: str, factory: str, optimizer: OptimizerSection, model: ModelSection, **options: object
+    ) -> ActorGroup:
+        steps = self.section.num_steps * self.section.num_ppo_epochs * self.section.num_mini_batches
+        return self.context.build_trained(
+            self.placement, role, factory, optimizer, steps, model=model, online=self.section, **options
+        )
+
+    def _critic_start(self) -> ModelSection:
+        return self.models.reward_models[0] if self.section.critic_init == "reward" else self.models.policy
+
+    def _frozen(self, role: str, **options: object) -> ActorGroup:
+        group = self.placement.start(role)
+        share = self.placement.shares[role]
+        where = {"device": self.context.device(self.placement, role), "threads": share.threads}
+        factory = {"reward": "RewardWorker", "reference": "ReferenceWorker"}[role]
+        arguments = {**options, **where, "training": self.context.config.training}
+        group.build(
+            f"rlhf_ray.workers.frozen:{factory}", [arguments], self.context.config.cluster.start_timeout
+        )
+        return group
+
+    def _experience(self) -> ActorGroup:
+        group = self.placement.start_helper("experience")
+        arguments = {
+            "section": self.section,
+            "policy": self.models.policy,
+            "rollouts_folder": self.context.folder.rollouts.resolve(),
+        }
+        group.build(
+            "rlhf_ray.workers.experience:ExperienceWorker",
+            [arguments],
+            self.context.config.cluster.start_timeout,
+        )
+        return group
+
+    def _connect(self, policy: ActorGroup, engines: ActorGroup, backend: Backend) -> None:
+        """Join the policy's ranks and the engines in one transfer group."""
+        cluster = self.context.config.cluster
+        tensor_parallel = self.context.config.engine.tensor_parallel_size
+        address, port = policy.address().rsplit(":", 1)
+        spec = TransferSpec(
+            backend=backend,
+            num_receivers=len(engines) * tensor_parallel,
+            master_address=address,
+            master_port=int(port),
+            timeout=float(cluster.start_timeout),
+        )
+        calls = [
+            RemoteEngineCalls(handle, f"engine[{index}]", float(cluster.call_timeout))
+            for index, handle in enumerate(engines.handles)
+        ]
+        policy.call("connect", calls, spec, tensor_parallel).result()
+
+
+def _probe(prompts: Prompts) -> Ragged:
+    """Fixed token sequences on which engine and trainer are compared after a sync."""
+    rows = range(min(PROBE_ROWS, len(prompts)))
+    return Ragged.from_rows([prompts.token_ids[row][-PROBE_TOKENS:] for row in rows], np.int32)

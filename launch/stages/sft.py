@@ -1,0 +1,62 @@
+"""Supervised fine-tuning: the policy group alone."""
+
+from __future__ import annotations
+
+from actors.roles import RemotePolicy
+from launch.stages.context import StageContext
+from rlhf_ray.config.schema import DatasetSection
+from rlhf_ray.data.chat import ChatFormatter
+from rlhf_ray.data.encoding import encode_sft
+from rlhf_ray.data.formats import sft_examples
+from rlhf_ray.loops.supervised import SupervisedLoop, sft_tokens, total_steps
+from rlhf_ray.roles import Done
+from rlhf_ray.types import Metrics, SFTBatch
+
+
+def run_sft(context: StageContext) -> Metrics:
+    section = context.config.sft
+    assert section is not None
+    model = context.model("model", section.model)
+    formatter = context.formatter(model)
+    rows = _rows(context, section.dataset, formatter, section.max_length)
+    held_out = None
+    if section.eval_dataset is not None:
+        held_out = _rows(context, section.eval_dataset, formatter, section.max_length)
+    steps = total_steps(len(rows), section.batch_size, section.num_epochs, section.max_steps)
+    with (
+        context.placement([context.demand_trained("policy", model)]) as placement,
+        context.stage_run(placement) as run,
+    ):
+        group = context.build_trained(
+            placement, "policy", "policy:PolicyWorker", section.optimizer, steps, model=model
+        )
+        policy = RemotePolicy(group, context.config.sync)
+
+        def evaluate() -> Metrics:
+            if held_out is None:
+                return {}
+            metrics = policy.evaluate_sft(Done(held_out)).result()
+            return {name.replace("sft/", "eval/"): value for name, value in metrics.items()}
+
+        loop = SupervisedLoop(
+            rows=rows,
+            batch_size=section.batch_size,
+            total_steps=steps,
+            eval_every=section.eval_every,
+            model=policy,
+            train=policy.train_sft,
+            evaluate=evaluate,
+            num_tokens=sft_tokens,
+            run=run,
+        )
+        loop()
+        policy.save_model(context.folder.model.resolve()).result()
+        return run.last_metrics
+
+
+def _rows(
+    context: StageContext, section: DatasetSection, formatter: ChatFormatter, max_length: int
+) -> SFTBatch:
+    rows, skipped = encode_sft(context.examples(section, sft_examples), formatter, max_length)
+    context.report_skipped(section.path, skipped)
+    return rows

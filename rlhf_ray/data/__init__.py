@@ -1,0 +1,1 @@
+"""From a dataset to token ids: read, recognise, split, render with one chat format, walk in order."""

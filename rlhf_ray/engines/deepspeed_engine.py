@@ -1,0 +1,233 @@
+"""DeepSpeed around one model: the only place where DeepSpeed is imported and configured.
+
+Gradients accumulate in float32 over any number of `backward` calls until `step`; the loss handed to `backward` is
+this rank's part of a sum that is already divided by the global denominator, so gradients are summed over ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rlhf_ray.config.schema import OptimizerSection, TrainingSection
+from rlhf_ray.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in its group of trainer ranks.
+
+    Fields:
+        master: host:port of rank 0's rendezvous.
+        threads: CPU threads of this process.
+    """
+
+    rank: int
+    size: int
+    master: str
+    threads: int
+    use_gpu: bool
+
+    @property
+    def device(self) -> torch.device:
+        # Ray shows an actor only its own GPU, so the local index is always 0.
+        return torch.device("cuda", 0) if self.use_gpu else torch.device("cpu")
+
+
+def init_world(world: World) -> None:
+    """Join the process group. Sets what DeepSpeed reads from the environment, before DeepSpeed is imported."""
+    host, port = world.master.rsplit(":", 1)
+    os.environ.update(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.size),
+        LOCAL_RANK="0",
+        LOCAL_SIZE=str(world.size),
+        MASTER_ADDR=host,
+        MASTER_PORT=port,
+    )
+    if not world.use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(world.threads)
+    import deepspeed
+
+    if not world.use_gpu:
+        # Otherwise the first collective compiles a shared-memory operator for half a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        "nccl" if world.use_gpu else "gloo", auto_mpi_discovery=False, verbose=False, rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class TrainEngine:
+    """A module, its AdamW and its schedule under ZeRO 0 to 3.
+
+    Args:
+        build: makes the module; called inside `deepspeed.zero.Init` at stage 3, so no rank holds the whole model.
+        total_steps: optimizer steps of the whole run, for the schedule.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        optimizer: OptimizerSection,
+        training: TrainingSection,
+        world: World,
+        total_steps: int,
+    ) -> None:
+        import deepspeed
+
+        self.world = world
+        self.precision = training.precision
+        self.zero_stage = training.zero_stage
+        module = build().to(world.device)
+        if training.gradient_checkpointing:
+            module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        adam = torch.optim.AdamW(
+            _parameter_groups(module, optimizer.weight_decay), lr=optimizer.learning_rate, betas=(0.9, 0.95)
+        )
+        self._unscaled_norm = 0.0
+        if self.zero_stage == 0:
+            # At stage 0 DeepSpeed clips but forgets the norm.
+            adam.register_step_pre_hook(lambda *_: self._clip(module, optimizer.max_grad_norm))
+        self.engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
+            model=module,
+            optimizer=adam,
+            lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, _schedule(optimizer, total_steps)),
+            config=self._deepspeed_config(optimizer),
+        )
+
+    def _deepspeed_config(self, optimizer: OptimizerSection) -> dict[str, object]:
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            # Every step() is a boundary: the number of micro-batches varies with their lengths.
+            "managed_gradient_accumulation": False,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0 if self.zero_stage == 0 else optimizer.max_grad_norm,
+            "zero_optimization": {
+                "stage": self.zero_stage,
+                "overlap_comm": False,
+                # Keep small tensors (norms, biases) whole instead of gathering each of them.
+                "stage3_param_persistence_threshold": 10_000,
+            },
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 1 << 30,
+        }
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module  # type: ignore[no-any-return]
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        with torch.autocast(
+            self.world.device.type, dtype=torch.bfloat16, enabled=self.precision == "mixed", cache_enabled=True
+        ):
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate this rank's gradients. DeepSpeed averages over ranks; the losses are parts of a sum."""
+        self.engine.backward(loss * self.world.size)
+
+    def step(self) -> float:
+        """Clip, update, advance the schedule; returns the gradient norm before clipping."""
+        self.engine.step()
+        norm = self._unscaled_norm if self.zero_stage == 0 else self.engine.get_global_grad_norm()
+        return float(norm)
+
+    def _clip(self, module: nn.Module, max_norm: float) -> None:
+        self._unscaled_norm = float(nn.utils.clip_grad_norm_(module.parameters(), max_norm))
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def gather_objects(self, part: T) -> list[T]:
+        """Every rank's part, in the order of ranks, on every rank."""
+        if self.world.size == 1:
+            return [part]
+        parts: list[T | None] = [None] * self.world.size
+        dist.all_gather_object(parts, part)
+        return parts  # type: ignore[return-value]
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """Name -> whole tensor on CPU on rank 0 ({} elsewhere); gathers parameter by parameter at stage 3."""
+        import deepspeed
+
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self.module.model.named_parameters():  # type: ignore[union-attr]
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                if self.world.rank == 0:
+                    state[name] = parameter.detach().to("cpu", copy=True)
+        return state
+
+    def save_state(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False, client_state={"rng": _rng_state()})
+
+    def load_state(self, folder: Path) -> None:
+        """Raises `CheckpointError` where the folder does not hold a state of this world size and ZeRO stage."""
+        try:
+            loaded, client = self.engine.load_checkpoint(str(folder), tag="state")
+        except (FileNotFoundError, RuntimeError, AssertionError, KeyError) as error:
+            raise CheckpointError(f"{folder}: cannot be loaded into {self.world.size} ranks at ZeRO "
+                                  f"{self.zero_stage}: {error}") from error
+        if loaded is None:
+            raise CheckpointError(f"{folder}: no state there")
+        _set_rng_state(client["rng"])
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Decay matrices, not norms and biases."""
+    if weight_decay == 0:
+        return [{"params": list(module.parameters()), "weight_decay": 0.0}]
+    # ds_shape: at stage 3 the local tensor is a flat piece.
+    is_matrix = [len(getattr(p, "ds_shape", p.shape)) >= 2 for p in module.parameters()]
+    pairs = list(zip(module.parameters(), is_matrix, strict=True))
+    return [
+        {"params": [p for p, matrix in pairs if matrix], "weight_decay": weight_decay},
+        {"params": [p for p, matrix in pairs if not matrix], "weight_decay": 0.0},
+    ]
+
+
+def _schedule(optimizer: OptimizerSection, total_steps: int) -> Callable[[int], float]:
+    """Factor of the learning rate at an optimizer step: linear warm-up, then constant, or down to 0 at the end."""
+
+    def factor(step: int) -> float:
+        if step < optimizer.warmup_steps:
+            return (step + 1) / optimizer.warmup_steps
+        progress = (step - optimizer.warmup_steps) / max(1, total_steps - optimizer.warmup_steps)
+        if optimizer.lr_scheduler == "linear":
+            return max(0.0, 1.0 - progress)
+        if optimizer.lr_scheduler == "cosine":
+            return 0.5 * (1.0 + float(np.cos(np.pi * min(1.0, progress))))
+        return 1.0
+
+    return factor
+
+
+def _rng_state() -> dict[str, object]:
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def _set_rng_state(state: dict[str, object]) -> None:
+    torch.set_rng_state(state["torch"])  # type: ignore[arg-type]
+    np.random.set_state(state["numpy"])  # type: ignore[arg-type]
+    random.setstate(state["python"])  # type: ignore[arg-type]

@@ -1,0 +1,196 @@
+"""vLLM as the generation engine, on CPU and GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from rlhf_ray.config.schema import EngineSection
+from rlhf_ray.engines.generation import UNKNOWN_VERSION, Request, Sample, TokenGenerator, read_eos_ids
+from rlhf_ray.errors import GenerationError, WeightSyncError
+from rlhf_ray.types import Ragged, SamplingSpec
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput, SamplingParams
+
+_ENVIRONMENT = {
+    # The engine's scheduler in this process: one less to start, to watch and to lose.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # The thread count is this process's own; binding would put every engine of a machine on the same cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    # The model is a folder; nothing has to be looked up elsewhere.
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class VLLMGenerator(TokenGenerator):
+    """One vLLM engine with all its tensor-parallel workers.
+
+    Nothing may be trained in a process that holds one: vLLM replaces `torch.set_num_threads`.
+    """
+
+    def __init__(
+        self,
+        model_folder: str,
+        section: EngineSection,
+        max_model_len: int,
+        *,
+        threads: int,
+        seed: int,
+        weight_backend: str = "gloo",
+        version: int = UNKNOWN_VERSION,
+    ) -> None:
+        """
+        Args:
+            model_folder: Hugging Face folder; its generation_config names the tokens that end a response.
+            threads: CPU threads of the engine.
+            weight_backend: how weights will come, one of `rlhf_ray.weights.sync.Backend`.
+            version: as in `TokenGenerator`.
+        """
+        super().__init__(max_model_len, version)
+        os.environ.update(_ENVIRONMENT)
+        torch.set_num_threads(threads)
+        self._eos_ids = list(read_eos_ids(model_folder))
+        self._is_broken = False
+        self._llm = _build(model_folder, section, max_model_len, seed, weight_backend)
+        self._stamp(version)
+
+    def token_logprobs(self, sequences: Ragged) -> Ragged:
+        from vllm import SamplingParams
+        from vllm.logprobs import FlatLogprobs
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=1,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        outputs = self._run([row.tolist() for row in sequences], [params] * len(sequences))
+        rows = []
+        for tokens, output in zip(sequences, outputs, strict=True):
+            # An entry a position, each with the token itself first; none at the first position.
+            flat = output.prompt_logprobs
+            assert isinstance(flat, FlatLogprobs)
+            rows.append([flat.logprobs[start] for start in flat.start_indices[1:]])
+            assert len(rows[-1]) == len(tokens) - 1, "one log-prob a token after the first"
+        return Ragged.from_rows(rows, np.float32)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, object]) -> None:
+        self._on_workers("init_weight_transfer_engine", init_info=init_info)
+
+    def start_weight_update(self) -> None:
+        """From here to `finish_weight_update` the engine holds neither the old weights nor the new ones."""
+        self._stamp(UNKNOWN_VERSION)
+        self._on_workers("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, object]) -> None:
+        self._on_workers("update_weights", update_info=update_info)
+
+    def finish_weight_update(self, weight_version: str) -> None:
+        """Make the received weights current: what was cached under the old ones is dropped."""
+        self._on_workers("finish_weight_update")
+        if not self._llm.reset_prefix_cache():
+            raise WeightSyncError(
+                "the engine's prefix cache is in use and keeps values of the earlier weights"
+            )
+        self._stamp(int(weight_version))
+
+    def _stamp(self, version: int) -> None:
+        self._version = version
+        self._llm.llm_engine.set_weight_version(str(version))
+
+    def _on_workers(self, method: str, **arguments: object) -> None:
+        if self._is_broken:
+            raise WeightSyncError(f"{method}: an earlier weight update of this engine failed; start it anew")
+        try:
+            self._llm.collective_rpc(method, kwargs=arguments)
+        except BaseException:
+            # Layers that were taken apart for loading cannot be put together again without their weights.
+            # Joining takes nothing apart and may be tried again.
+            self._is_broken = method != "init_weight_transfer_engine"
+            raise
+
+    def _sample(self, requests: Sequence[Request], sampling: SamplingSpec) -> list[Sample]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=request.seed,
+                max_tokens=sampling.max_completion_length,
+                min_tokens=sampling.min_completion_length,
+                stop_token_ids=self._eos_ids,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            for request in requests
+        ]
+        outputs = self._run([list(request.token_ids) for request in requests], params)
+        return [_to_sample(request, output) for request, output in zip(requests, outputs, strict=True)]
+
+    def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
+        from vllm import TokensPrompt
+
+        tokens = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+        return self._llm.generate(tokens, params, use_tqdm=False)
+
+
+def _build(
+    model_folder: str, section: EngineSection, max_model_len: int, seed: int, weight_backend: str
+) -> LLM:
+    # A launcher that is not installed as a package has no entry point for vLLM to find the backend by.
+    from rlhf_ray.weights import plugin
+
+    plugin.register()
+    from vllm import LLM
+
+    on_gpu = torch.cuda.is_available()
+    memory = (
+        {"gpu_memory_utilization": section.gpu_memory_utilization}
+        if on_gpu
+        else {"kv_cache_memory_bytes": int(section.cpu_kv_cache_gib * 2**30)}
+    )
+    return LLM(
+        model_folder,
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        dtype=section.dtype,
+        tensor_parallel_size=section.tensor_parallel_size,
+        max_model_len=max_model_len,
+        max_num_seqs=section.max_num_seqs,
+        enforce_eager=not on_gpu,
+        logprobs_mode="processed_logprobs",
+        weight_transfer_config={"backend": weight_backend},
+        seed=seed,
+        disable_log_stats=True,
+        **memory,
+    )
+
+
+def _to_sample(request: Request, output: RequestOutput) -> Sample:
+    from vllm.logprobs import FlatLogprobs
+
+    completion = output.outputs[0]
+    if completion.finish_reason not in ("stop", "length"):
+        raise GenerationError(f"{request}: the engine ended it with {completion.finish_reason!r}")
+    flat = completion.logprobs
+    assert isinstance(flat, FlatLogprobs)
+    spans = completion.weight_versions or ()
+    versions = [int(span.version) for span in spans for _ in range(span.start, span.end)]
+    return Sample(
+        token_ids=list(completion.token_ids),
+        logprobs=[flat.logprobs[start] for start in flat.start_indices],
+        versions=versions,
+        finished=completion.finish_reason == "stop",
+    )

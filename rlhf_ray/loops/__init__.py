@@ -1,0 +1,1 @@
+"""The training loops: `online` (PPO and its kin), `supervised` (SFT, reward model), `preferences`."""

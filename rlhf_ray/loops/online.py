@@ -1,0 +1,189 @@
+"""Reinforcement learning from a learned reward: PPO with a critic, and what will be composed of the same parts.
+
+One step of PPO for language models (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022):
+
+1. the policy answers a batch of prompts                              rollouts   y ~ pi(. | x)
+2. frozen models judge the answers while more arrive                  scores     r(x, y)
+                                                                      reference  log pi_ref(y_t)
+3. the models in training look at them before they move               old        log pi_old(y_t)
+                                                                      values     V(x, y_<t)
+4. every token gets a reward, an advantage and a return               r_t = [t = last] r(x, y) - beta (old - reference)
+                                                                      A_t by GAE; R_t = A_t + V_t
+5. both models take a few steps on the batch                          policy: clipped surrogate of pi / pi_old with A
+                                                                      critic: squared error to R
+6. the new weights go to the engines, with a version                  publish
+
+Arrays stay with the roles: the loop passes handles on and reads small reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_ray.algorithms.kl import AdaptiveKLController, FixedKLController, KLController
+from rlhf_ray.config.schema import OnlineSection, SyncSection
+from rlhf_ray.data.cursor import Cursor
+from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.loops.checkpoints import State
+from rlhf_ray.loops.stage_run import StageRun
+from rlhf_ray.reporting.evaluation import EvalRecord, load_records, save_records
+from rlhf_ray.roles import Critic, Done, Experience, Generator, Pending, Policy, Reference, Scorer
+from rlhf_ray.seeds import derive_seed
+from rlhf_ray.types import Metrics, Prompts, SamplingSpec
+
+FIRST_KL_LIMIT = 0.02
+"""Nats a token by which policy and reference may differ at the first step: their weights are equal, their micro-batches
+may be cut differently, and bfloat16 rounds."""
+
+
+@dataclass(frozen=True)
+class OnlineRoles:
+    generator: Generator
+    scorer: Scorer
+    reference: Reference
+    policy: Policy
+    critic: Critic
+    experience: Experience
+
+
+@dataclass
+class OnlineLoop:
+    """
+    Fields:
+        prompts: to train on. held_out: judged at the start, at the end, and every `eval_every` steps.
+        starts_at_reference: policy and reference begin with the same weights.
+    """
+
+    section: OnlineSection
+    sync: SyncSection
+    roles: OnlineRoles
+    prompts: Prompts
+    held_out: Prompts
+    run: StageRun
+    starts_at_reference: bool
+
+    def train(self) -> tuple[list[EvalRecord], list[EvalRecord]]:
+        """Run all steps, or those that are left; returns the judgement of held-out answers before and after."""
+        section, roles, run = self.section, self.roles, self.run
+        cursor, kl, start = self.restore()
+        run.begin(start, section.num_steps)
+        roles.policy.publish(version=start, verify=True)
+        before = self.first_evaluation(start)
+        run.restart_clock()
+        for step in range(start, section.num_steps):
+            prompts = self.prompts.select(cursor.next(section.prompts_per_step))
+            rollouts = roles.generator.generate(prompts, self.sampling, seed=derive_seed(run.seed, step))
+            scores = [roles.scorer.score(chunk) for chunk in rollouts]
+            reference = [roles.reference.logprobs(chunk, section.temperature) for chunk in rollouts]
+            old_logprobs = roles.policy.logprobs(rollouts)
+            values = roles.critic.values(rollouts)
+            batch, report = roles.experience.prepare(
+                rollouts, scores, reference, old_logprobs, values, step, kl.coef
+            )
+            critic_report = roles.critic.train_rl(batch, step)
+            policy_report: Pending[Metrics] = Done({})
+            if step >= section.critic_warmup_steps:
+                policy_report = roles.policy.train_rl(batch, step, kl.coef)
+            metrics = {**report.result(), **critic_report.result(), **policy_report.result(), "kl/coef": kl.coef}
+            self.check_first_step(step, metrics)
+            kl.update(metrics["kl/per_sequence"], len(prompts) * section.num_generations)
+            metrics |= roles.policy.publish(version=step + 1, verify=self.is_verified(step + 1))
+            metrics |= self.evaluation_metrics(step + 1)
+            run.log(step, metrics)
+            run.save_or_stop(step + 1, self.models, lambda: self.state(cursor, kl))
+        return before, self.evaluate()
+
+    @property
+    def sampling(self) -> SamplingSpec:
+        return SamplingSpec(
+            max_completion_length=self.section.max_completion_length,
+            temperature=self.section.temperature,
+            num_generations=self.section.num_generations,
+        )
+
+    def is_verified(self, version: int) -> bool:
+        return version <= self.sync.verify_first or version % self.sync.verify_every == 0
+
+    def check_first_step(self, step: int, metrics: Metrics) -> None:
+        """Before any update the policy is the reference: another KL than 0 means that the two are not computed alike.
+
+        Raises:
+            RlhfRayError: they differ.
+        """
+        if step == 0 and self.starts_at_reference and abs(metrics["kl/per_token"]) > FIRST_KL_LIMIT:
+            raise RlhfRayError(
+                f"the KL to the reference is {metrics['kl/per_token']:.3g} nats a token before the first update, where "
+                "policy and reference are the same model: their log-probs are not computed alike"
+            )
+
+    def evaluate(self) -> list[EvalRecord]:
+        """One answer to each held-out prompt, sampled as in training, always with the same seed."""
+        roles = self.roles
+        sampling = SamplingSpec(self.section.max_completion_length, temperature=self.section.temperature)
+        rollouts = roles.generator.generate(self.held_out, sampling, seed=derive_seed(self.run.seed))
+        scores = [roles.scorer.score(chunk) for chunk in rollouts]
+        reference = [roles.reference.logprobs(chunk, self.section.temperature) for chunk in rollouts]
+        logprobs = roles.policy.logprobs(rollouts)
+        return roles.experience.evaluate(rollouts, scores, reference, logprobs).result()
+
+    def first_evaluation(self, start: int) -> list[EvalRecord]:
+        """Of the policy before training; a resumed run reads what the first one found."""
+        path = self.run.folder.eval_path
+        if start:
+            before, _ = load_records(path)
+            return before
+        before = self.evaluate()
+        save_records(path, before)
+        return before
+
+    def evaluation_metrics(self, done: int) -> Metrics:
+        every = self.section.eval_every
+        if every is None or done % every or done == self.section.num_steps:
+            return {}
+        return evaluation_means(self.evaluate())
+
+    @property
+    def models(self) -> dict[str, Policy | Critic]:
+        return {"policy": self.roles.policy, "critic": self.roles.critic}
+
+    def state(self, cursor: Cursor, kl: KLController) -> State:
+        """All that moves besides the models."""
+        return {
+            "cursor": dict(cursor.state()),
+            "kl": kl.state_dict(),
+            "experience": self.roles.experience.state_dict().result(),
+        }
+
+    def restore(self) -> tuple[Cursor, KLController, int]:
+        """The state to go on from: that of the newest checkpoint, or the beginning."""
+        cursor, kl = Cursor(len(self.prompts), self.run.seed), kl_controller(self.section)
+        saved = self.run.checkpoints.latest()
+        if saved is None:
+            return cursor, kl, 0
+        folder, state = saved
+        return self._restored(folder, state, kl)
+
+    def _restored(self, folder: Path, state: State, kl: KLController) -> tuple[Cursor, KLController, int]:
+        self.run.checkpoints.load_models(folder, self.models)
+        kl.load_state_dict(state["kl"])  # type: ignore[arg-type]
+        self.roles.experience.load_state_dict(state["experience"]).result()  # type: ignore[arg-type]
+        return Cursor.from_state(state["cursor"]), kl, int(state["step"])  # type: ignore[arg-type, call-overload]
+
+
+def kl_controller(section: OnlineSection) -> KLController:
+    if section.kl_target is None:
+        return FixedKLController(section.kl_coef)
+    return AdaptiveKLController(section.kl_coef, section.kl_target, section.kl_horizon)
+
+
+def evaluation_means(records: Sequence[EvalRecord]) -> Metrics:
+    names = records[0].rewards if records else {}
+    return {
+        **{f"eval/reward/{name}": float(np.nanmean([r.rewards[name] for r in records])) for name in names},
+        "eval/kl": float(np.mean([r.kl for r in records])),
+        "eval/length": float(np.mean([r.length for r in records])),
+    }

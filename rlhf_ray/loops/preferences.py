@@ -1,0 +1,156 @@
+"""Collecting preferences: the policy answers, annotators choose, and a dataset of pairs comes out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import krippendorff
+import numpy as np
+
+from rlhf_ray.config.schema import PreferencesSection
+from rlhf_ray.data.formats import PreferenceExample
+from rlhf_ray.errors import DataError
+from rlhf_ray.loops.stage_run import StageRun
+from rlhf_ray.reporting.files import dump_line, read_lines, write_text
+from rlhf_ray.roles import Generator, Pending
+from rlhf_ray.seeds import derive_seed
+from rlhf_ray.types import Metrics, Prompts, Rollouts, SamplingSpec
+from rlhf_ray.workers.annotator import JudgedPair
+
+DATASET_FILE = "preferences.jsonl"
+
+
+class Annotators(Protocol):
+    def annotate(self, rollouts: Pending[Rollouts]) -> Pending[list[JudgedPair]]: ...
+
+
+@dataclass(frozen=True)
+class PreferencesLoop:
+    """Answers every prompt once; each step's pairs are kept in a file of their own, so a stopped run goes on."""
+
+    section: PreferencesSection
+    generator: Generator
+    annotators: Annotators
+    prompts: Prompts
+    run: StageRun
+
+    def __call__(self) -> list[JudgedPair]:
+        section, run = self.section, self.run
+        steps = -(-len(self.prompts) // section.prompts_per_step)
+        start = len(self.parts())
+        run.begin(start, steps)
+        run.restart_clock()
+        for step in range(start, steps):
+            rows = np.arange(step * section.prompts_per_step, min(len(self.prompts), (step + 1) * section.prompts_per_step))
+            rollouts = self.generator.generate(self.prompts.select(rows), self.sampling, derive_seed(run.seed, step))
+            judged = [pair for chunk in rollouts for pair in self.annotators.annotate(chunk).result()]
+            write_text(self.part(step), "".join(dump_line(asdict(pair)) for pair in judged))
+            run.log(step, {"preferences/prompts": float(len(rows)), **agreement(judged)})
+            run.save_or_stop(step + 1, {}, dict)
+        return [pair for part in self.parts() for pair in read_part(part)]
+
+    @property
+    def sampling(self) -> SamplingSpec:
+        section = self.section
+        return SamplingSpec(
+            max_completion_length=section.max_completion_length,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            num_generations=section.num_generations,
+        )
+
+    def part(self, step: int) -> Path:
+        return self.run.folder.rollouts / f"pairs-{step:06d}.jsonl"
+
+    def parts(self) -> list[Path]:
+        return sorted(self.run.folder.rollouts.glob("pairs-*.jsonl"))
+
+
+def read_part(path: Path) -> list[JudgedPair]:
+    pairs = []
+    for row in read_lines(path):
+        pair = JudgedPair(**row)  # type: ignore[arg-type]
+        pairs.append(
+            JudgedPair(
+                prompt_id=pair.prompt_id,
+                messages=tuple(pair.messages),
+                answers=(pair.answers[0], pair.answers[1]),
+                votes=pair.votes,
+                gold={name: (both[0], both[1]) for name, both in pair.gold.items()},
+            )
+        )
+    return pairs
+
+
+def judged_by_people(name: str, examples: Sequence[PreferenceExample]) -> list[JudgedPair]:
+    """Existing human preferences as pairs with one annotator's vote."""
+    return [
+        JudgedPair(example.id, tuple(example.messages), (example.rejected, example.chosen), {name: 1}, {})
+        for example in examples
+    ]
+
+
+def agreement(pairs: Sequence[JudgedPair]) -> Metrics:
+    """How far the annotators agree.
+
+    `preferences/agreement` is the share of pairs of votes on the same pair of answers that are equal;
+    `preferences/krippendorff_alpha` corrects for chance (Krippendorff 2011, nominal): 1 is perfect, 0 is chance.
+    Both are left out with a single annotator.
+    """
+    names = sorted({name for pair in pairs for name in pair.votes})
+    metrics: Metrics = {"preferences/pairs": float(len(pairs))}
+    golds = [both for pair in pairs for both in pair.gold.values()]
+    if golds:
+        metrics["preferences/gold_mean"] = float(np.mean(golds))
+    if len(names) < 2:
+        return metrics
+    votes = np.array([[pair.votes.get(name, np.nan) for pair in pairs] for name in names], dtype=np.float64)
+    equal = [
+        (votes[a] == votes[b])[~np.isnan(votes[a]) & ~np.isnan(votes[b])]
+        for a in range(len(names))
+        for b in range(a)
+    ]
+    compared = np.concatenate(equal)
+    if len(compared):
+        metrics["preferences/agreement"] = float(compared.mean())
+    # The statistic is not defined where only one kind of vote was ever cast.
+    if len(np.unique(votes[~np.isnan(votes)])) > 1:
+        metrics["preferences/krippendorff_alpha"] = float(
+            krippendorff.alpha(reliability_data=votes, level_of_measurement="nominal")
+        )
+    return metrics
+
+
+def write_dataset(path: Path, pairs: Sequence[JudgedPair]) -> int:
+    """Write the pairs that have a winner in TRL's conversational format; returns how many.
+
+    Besides `prompt`, `chosen`, `rejected`: `margin` (lead of the winner's votes, 0 to 1), `votes` (annotator ->
+    whether it chose the winner) and, from simulated annotators, `gold_chosen` and `gold_rejected` by the first.
+
+    Raises:
+        DataError: every pair is a draw, or there is none.
+    """
+    lines = []
+    for pair in pairs:
+        winner = pair.preferred
+        if winner is None:
+            continue
+        row: dict[str, object] = {
+            "prompt": list(pair.messages),
+            "chosen": [{"role": "assistant", "content": pair.answers[winner]}],
+            "rejected": [{"role": "assistant", "content": pair.answers[1 - winner]}],
+            "margin": abs(pair.lead),
+            "votes": {name: int(vote == winner) for name, vote in pair.votes.items()},
+        }
+        if pair.gold:
+            gold = next(iter(pair.gold.values()))
+            row |= {"gold_chosen": gold[winner], "gold_rejected": gold[1 - winner]}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    if not lines:
+        raise DataError(f"{path.name}: no pair of different answers has a winner; ask for more num_generations")
+    write_text(path, "".join(lines))
+    return len(lines)

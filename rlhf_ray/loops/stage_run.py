@@ -1,0 +1,88 @@
+"""What surrounds a loop: where metrics go, when to stop, where checkpoints are. The loops only call it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from threading import Event
+
+from rlhf_ray.errors import Interrupted
+from rlhf_ray.loops.checkpoints import Checkpoints, State
+from rlhf_ray.reporting.metrics_log import MetricsLog
+from rlhf_ray.reporting.progress import Progress
+from rlhf_ray.reporting.run_folder import RunFolder
+from rlhf_ray.roles import Trained
+from rlhf_ray.types import Metrics
+
+
+def no_timings() -> Metrics:
+    return {}
+
+
+@dataclass
+class StageRun:
+    """
+    Fields:
+        open_log: opens the metrics log at the first step that will be logged.
+        interrupt: set when the person asked to stop; the loop saves after the step it is in.
+        timings: seconds of each kind of work since it was last asked (`time/...`).
+    """
+
+    name: str
+    folder: RunFolder
+    seed: int
+    checkpoints: Checkpoints
+    progress: Progress
+    open_log: Callable[[int], MetricsLog]
+    interrupt: Event
+    timings: Callable[[], Metrics] = no_timings
+    last_metrics: Metrics = field(default_factory=dict)
+    _log: MetricsLog | None = None
+    _step_began: float = field(default_factory=time.monotonic)
+
+    def begin(self, start: int, total_steps: int) -> None:
+        """The loop is about to run step `start` of `total_steps`."""
+        self.progress.stage(self.name, total_steps)
+        self._log = self.open_log(start)
+        if start:
+            self.progress.message(f"{self.name}: resumed at step {start} of {total_steps}")
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """What was done until now belongs to no step."""
+        self.timings()
+        self._step_began = time.monotonic()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Step `step` (from 0) is done."""
+        assert self._log is not None, "begin first"
+        now = time.monotonic()
+        seconds = now - self._step_began
+        self._step_began = now
+        timings = {**self.timings(), "time/step": seconds}
+        if "time/busy" in timings:
+            timings["time/overhead"] = max(0.0, 1.0 - timings.pop("time/busy") / seconds)
+        tokens = metrics.get("perf/generated_tokens", metrics.get("perf/trained_tokens"))
+        speed = {} if tokens is None else {"perf/tokens_per_second": tokens / seconds}
+        self.last_metrics = {**metrics, **speed, **timings}
+        self._log.log(step, self.last_metrics)
+        self.progress.step(step + 1, self.last_metrics)
+
+    def save_or_stop(self, done: int, models: Mapping[str, Trained], state: Callable[[], State]) -> None:
+        """Save a checkpoint if one is due, or if the person asked to stop.
+
+        Args:
+            done: number of steps done.
+
+        Raises:
+            Interrupted: after saving.
+        """
+        if self.interrupt.is_set() or self.checkpoints.is_due(done):
+            self.checkpoints.save(done, models, state())
+        if self.interrupt.is_set():
+            raise Interrupted(f"{self.name}: stopped after step {done}, saved; go on with --resume")
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()

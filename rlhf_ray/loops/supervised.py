@@ -1,0 +1,90 @@
+"""Learning from given examples: supervised fine-tuning, and the reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from rlhf_ray.algorithms.preference_losses import calibration, length_baseline
+from rlhf_ray.data.cursor import Cursor
+from rlhf_ray.loops.stage_run import StageRun
+from rlhf_ray.roles import Done, Pending, RewardTrainer, Trained
+from rlhf_ray.types import Metrics, PairBatch, Rows, SFTBatch
+
+BatchT = TypeVar("BatchT", bound=Rows)
+
+
+@dataclass(frozen=True)
+class SupervisedLoop(Generic[BatchT]):
+    """
+    Fields:
+        train: one optimizer step on a batch. evaluate: metrics on held-out rows, `eval/...`.
+        num_tokens: of a batch, for the speed.
+        total_steps: see `total_steps`.
+    """
+
+    rows: BatchT
+    batch_size: int
+    total_steps: int
+    eval_every: int | None
+    model: Trained
+    train: Callable[[Pending[BatchT]], Pending[Metrics]]
+    evaluate: Callable[[], Metrics]
+    num_tokens: Callable[[BatchT], int]
+    run: StageRun
+
+    def __call__(self) -> Metrics:
+        """Run all steps, or those that are left; returns the final held-out metrics."""
+        run = self.run
+        cursor, start = Cursor(len(self.rows), run.seed), 0
+        if saved := run.checkpoints.latest():
+            folder, state = saved
+            run.checkpoints.load_models(folder, {"model": self.model})
+            cursor, start = Cursor.from_state(state["cursor"]), int(state["step"])  # type: ignore[arg-type, call-overload]
+        run.begin(start, self.total_steps)
+        for step in range(start, self.total_steps):
+            batch = self.rows.select(cursor.next(self.batch_size))
+            metrics = self.train(Done(batch)).result()
+            metrics |= {"perf/trained_tokens": float(self.num_tokens(batch)), "epoch": cursor.epoch}
+            if self.is_evaluated(step + 1):
+                metrics |= self.evaluate()
+            run.log(step, metrics)
+            run.save_or_stop(step + 1, {"model": self.model}, lambda: {"cursor": dict(cursor.state())})
+        return {name: value for name, value in run.last_metrics.items() if name.startswith("eval/")}
+
+    def is_evaluated(self, done: int) -> bool:
+        return done == self.total_steps or (self.eval_every is not None and done % self.eval_every == 0)
+
+
+def total_steps(num_rows: int, batch_size: int, num_epochs: int, max_steps: int | None) -> int:
+    """Optimizer steps so that every row is seen `num_epochs` times (the last batch runs into the next epoch)."""
+    steps = -(-num_rows * num_epochs // batch_size)
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def sft_tokens(batch: SFTBatch) -> int:
+    return len(batch.tokens.values)
+
+
+def pair_tokens(batch: PairBatch) -> int:
+    return len(batch.chosen.values) + len(batch.rejected.values)
+
+
+def evaluate_pairs(model: RewardTrainer, held_out: PairBatch) -> Metrics:
+    """Accuracy, margin and calibration on held-out pairs, beside the rule that the longer answer wins."""
+    chosen, rejected = model.score_pairs(Done(held_out)).result()
+    margins = chosen.values.astype(np.float64) - rejected.values
+    found = calibration(margins)
+    lengths = [side.lengths - held_out.prompt_lengths for side in (held_out.chosen, held_out.rejected)]
+    return {
+        "eval/accuracy": float(((1 + np.sign(margins)) / 2).mean()),
+        "eval/margin": float(margins.mean()),
+        "eval/length_baseline": length_baseline(*lengths),
+        "eval/calibration_error": found.expected_calibration_error,
+        "eval/brier_score": found.brier_score,
+        "eval/loss": found.log_loss,
+        "eval/num_pairs": float(len(held_out)),
+    }

@@ -1,0 +1,1 @@
+"""Loading models, and computing per-token numbers with them."""

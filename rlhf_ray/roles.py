@@ -1,0 +1,132 @@
+"""What the loops ask of the roles. A loop never knows whether a role is an object beside it or actors on a cluster.
+
+Calls that do work return a `Pending` at once: a handle to a value that may still be in the making, on another
+machine. A pending value can be handed to another role as an argument, so token arrays go from actor to actor and the
+driver that runs the loop sees only handles and small reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from rlhf_ray.reporting.evaluation import EvalRecord
+from rlhf_ray.types import Metrics, PairBatch, Prompts, Ragged, RLBatch, Rollouts, SamplingSpec, Scores, SFTBatch
+
+T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
+
+
+class Pending(Protocol[T_co]):
+    def result(self) -> T_co:
+        """Wait for the value; raises the error of the role that failed, or `WorkerError` after the deadline."""
+        ...
+
+
+@dataclass(frozen=True)
+class Done(Generic[T]):
+    """A `Pending` that is already there: roles in the same process, and tests."""
+
+    value: T
+
+    def result(self) -> T:
+        return self.value
+
+
+class Generator(Protocol):
+    """One or more generation engines."""
+
+    def generate(self, prompts: Prompts, sampling: SamplingSpec, seed: int) -> Sequence[Pending[Rollouts]]:
+        """Sample; one chunk an engine, in the order of the prompts. Equal seeds give equal samples."""
+        ...
+
+
+class Scorer(Protocol):
+    """The reward sources."""
+
+    def score(self, rollouts: Pending[Rollouts]) -> Pending[Scores]: ...
+
+
+class Reference(Protocol):
+    """The frozen model that KL is measured against."""
+
+    def logprobs(self, rollouts: Pending[Rollouts], temperature: float) -> Pending[Ragged]: ...
+
+
+class Trained(Protocol):
+    """A model that is being trained, over any number of ranks."""
+
+    def save_model(self, folder: Path) -> Pending[None]:
+        """Write a Hugging Face folder: safetensors, tokenizer, chat template."""
+        ...
+
+    def save_state(self, folder: Path) -> Pending[None]:
+        """Write weights, optimizer, schedule and RNG of every rank."""
+        ...
+
+    def load_state(self, folder: Path) -> Pending[None]: ...
+
+
+class Policy(Trained, Protocol):
+    def logprobs(self, chunks: Sequence[Pending[Rollouts]]) -> Pending[Ragged]:
+        """Log-probs of all chunks' responses, concatenated, under the current weights."""
+        ...
+
+    def train_rl(self, batch: Pending[RLBatch], step: int, kl_coef: float) -> Pending[Metrics]: ...
+
+    def train_sft(self, batch: Pending[SFTBatch]) -> Pending[Metrics]: ...
+
+    def evaluate_sft(self, batch: Pending[SFTBatch]) -> Pending[Metrics]: ...
+
+    def publish(self, version: int, verify: bool) -> Metrics:
+        """Send the weights to every engine, stamp them with `version`, and, if asked, compare log-probs.
+
+        Raises:
+            WeightSyncError: an engine does not hold what was sent.
+        """
+        ...
+
+
+class Critic(Trained, Protocol):
+    def values(self, chunks: Sequence[Pending[Rollouts]]) -> Pending[Ragged]: ...
+
+    def train_rl(self, batch: Pending[RLBatch], step: int) -> Pending[Metrics]: ...
+
+
+class RewardTrainer(Trained, Protocol):
+    def train_pairs(self, batch: Pending[PairBatch]) -> Pending[Metrics]: ...
+
+    def score_pairs(self, batch: Pending[PairBatch]) -> Pending[tuple[Ragged, Ragged]]:
+        """Scores of chosen and rejected, one value a row."""
+        ...
+
+
+class Experience(Protocol):
+    """Turns scored rollouts into a training batch: reward shaping, advantages, returns; keeps the lineage."""
+
+    def prepare(
+        self,
+        chunks: Sequence[Pending[Rollouts]],
+        scores: Sequence[Pending[Scores]],
+        ref_logprobs: Sequence[Pending[Ragged]],
+        old_logprobs: Pending[Ragged],
+        values: Pending[Ragged],
+        step: int,
+        kl_coef: float,
+    ) -> tuple[Pending[RLBatch], Pending[Metrics]]: ...
+
+    def evaluate(
+        self,
+        chunks: Sequence[Pending[Rollouts]],
+        scores: Sequence[Pending[Scores]],
+        ref_logprobs: Sequence[Pending[Ragged]],
+        logprobs: Pending[Ragged],
+    ) -> Pending[list[EvalRecord]]:
+        """Judge answers to held-out prompts."""
+        ...
+
+    def state_dict(self) -> Pending[dict[str, float]]: ...
+
+    def load_state_dict(self, state: dict[str, float]) -> Pending[None]: ...

@@ -1,0 +1,190 @@
+"""From scored rollouts to a training batch. One process, so that normalisers see the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlhf_ray.algorithms import ALGORITHMS, AdvantageInputs
+from rlhf_ray.algorithms.advantages import RewardShaping, RunningMeanStd, TokenRewards, token_rewards, whiten
+from rlhf_ray.algorithms.diagnostics import frac_zero_std, reward_length_correlation
+from rlhf_ray.algorithms.kl import reference_kl_metrics
+from rlhf_ray.algorithms.metrics import finalise
+from rlhf_ray.algorithms.mismatch import mismatch_metrics
+from rlhf_ray.config.schema import ModelSection, OnlineSection
+from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.reporting.evaluation import EvalRecord
+from rlhf_ray.reporting.lineage import LineageBatch, write_lineage
+from rlhf_ray.types import Metrics, Ragged, RLBatch, Rollouts, Scores
+
+
+class ExperienceWorker:
+    """Reward shaping, advantages and returns (`prepare`), and the judgement of held-out answers (`evaluate`).
+
+    Args:
+        rollouts_folder: where the lineage of every sample goes, one Parquet file a step.
+    """
+
+    def __init__(self, section: OnlineSection, policy: ModelSection, rollouts_folder: Path) -> None:
+        torch.set_num_threads(1)
+        self.section = section
+        self.tokenizer = load_tokenizer(policy)
+        self.rollouts_folder = rollouts_folder
+        self.reward_scale = RunningMeanStd()
+
+    def prepare(
+        self,
+        step: int,
+        kl_coef: float,
+        old_logprobs: Ragged,
+        values: Ragged,
+        *chunks: Rollouts | Scores | Ragged,
+    ) -> tuple[RLBatch, Metrics]:
+        """
+        Args:
+            kl_coef: this step's coefficient, in the reward where the KL belongs there.
+            old_logprobs, values: of all rollouts, by the trainer and the critic.
+            chunks: n chunks of rollouts, then their n scores, then their n reference log-probs.
+        """
+        rollouts, scores, ref_logprobs = _joined(chunks)
+        shaped = self._shape(rollouts, scores, old_logprobs, ref_logprobs, kl_coef)
+        offsets = torch.from_numpy(rollouts.responses.offsets)
+        is_trained = torch.ones(len(rollouts.responses.values), dtype=torch.bool)
+        rewards = shaped.rewards
+        if self.section.whiten_rewards:
+            rewards = whiten(rewards, is_trained, shift_mean=False)
+        advantages, returns = ALGORITHMS[self.section.algorithm].advantages(
+            AdvantageInputs(
+                rewards=rewards,
+                values=torch.tensor(values.values),
+                offsets=offsets,
+                group_ids=torch.from_numpy(rollouts.prompt_ids),
+                gamma=self.section.gamma,
+                lam=self.section.lam,
+            )
+        )
+        if self.section.whiten_advantages:
+            advantages = whiten(advantages, is_trained)
+        batch = RLBatch(
+            prompt_ids=rollouts.prompt_ids,
+            prompts=rollouts.prompts,
+            responses=rollouts.responses,
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            values=values,
+            advantages=values.with_values(advantages.numpy()),
+            returns=values.with_values(returns.float().numpy()),
+            is_trained=values.with_values(is_trained.numpy()),
+        )
+        self._write_lineage(step, rollouts, scores, batch)
+        return batch, self._metrics(rollouts, scores, shaped, batch)
+
+    def _shape(
+        self, rollouts: Rollouts, scores: Scores, old_logprobs: Ragged, ref_logprobs: Ragged, kl_coef: float
+    ) -> TokenRewards:
+        total = torch.tensor(scores.total)
+        if self.section.normalize_rewards:
+            self.reward_scale.update(total)
+            total = self.reward_scale.scale(total)
+        in_reward = self.section.kl_placement == "reward"
+        shaping = RewardShaping(
+            kl_coef=kl_coef if in_reward else 0.0,
+            missing_eos_penalty=self.section.missing_eos_penalty,
+            reward_clip=self.section.reward_clip,
+        )
+        return token_rewards(
+            total,
+            torch.tensor(rollouts.finished),
+            torch.tensor(old_logprobs.values),
+            torch.tensor(ref_logprobs.values),
+            torch.from_numpy(rollouts.responses.offsets),
+            shaping,
+        )
+
+    def _metrics(self, rollouts: Rollouts, scores: Scores, shaped: TokenRewards, batch: RLBatch) -> Metrics:
+        lengths = rollouts.responses.lengths
+        offsets = torch.from_numpy(rollouts.responses.offsets)
+        trainer, sampler = torch.tensor(batch.old_logprobs.values), torch.tensor(rollouts.logprobs.values)
+        reference = torch.tensor(batch.ref_logprobs.values)
+        optional = {
+            "reward/frac_zero_std": frac_zero_std(scores.total, rollouts.prompt_ids),
+            "length/reward_correlation": reward_length_correlation(scores.total, lengths),
+        }
+        return {
+            "reward/mean": float(scores.total.mean()),
+            "reward/std": float(scores.total.std()),
+            "reward/score": float(shaped.scores.mean()),
+            "reward/kl_penalty": float(shaped.kl_penalty.sum() / len(rollouts)),
+            "reward/shaped": float(shaped.rewards.sum() / len(rollouts)),
+            **{f"reward/{name}/mean": float(np.nanmean(part)) for name, part in scores.parts.items()},
+            **{f"reward/{name}/std": float(np.nanstd(part)) for name, part in scores.parts.items()},
+            **{name: value for name, value in optional.items() if value is not None},
+            "length/mean": float(lengths.mean()),
+            "length/max": float(lengths.max()),
+            "length/truncated_fraction": float(1 - rollouts.finished.mean()),
+            "length/stop_fraction": float(rollouts.finished.mean()),
+            "perf/num_samples": float(len(rollouts)),
+            "perf/generated_tokens": float(lengths.sum()),
+            **finalise(reference_kl_metrics(trainer, reference, offsets)),
+            **finalise(mismatch_metrics(trainer, sampler, torch.ones_like(trainer, dtype=torch.bool))),
+        }
+
+    def _write_lineage(self, step: int, rollouts: Rollouts, scores: Scores, batch: RLBatch) -> None:
+        prompts, responses = self._decode(rollouts)
+        kl = _row_sums(batch.old_logprobs.values - batch.ref_logprobs.values, rollouts.responses)
+        lineage = LineageBatch(
+            rollouts=rollouts,
+            scores=scores,
+            prompt_texts=prompts,
+            response_texts=responses,
+            kl=kl.astype(np.float32),
+            advantages=batch.advantages,
+        )
+        write_lineage(self.rollouts_folder, step, lineage)
+
+    def evaluate(self, logprobs: Ragged, *chunks: Rollouts | Scores | Ragged) -> list[EvalRecord]:
+        """Judge answers to held-out prompts. Arguments as those of `prepare`, `logprobs` by the current policy."""
+        rollouts, scores, ref_logprobs = _joined(chunks)
+        kl = _row_sums(logprobs.values - ref_logprobs.values, rollouts.responses)
+        prompts, completions = self._decode(rollouts)
+        return [
+            EvalRecord(
+                prompt_id=int(rollouts.prompt_ids[i]),
+                prompt=prompts[i],
+                response=completions[i],
+                rewards={name: float(part[i]) for name, part in scores.parts.items()},
+                kl=float(kl[i]),
+                length=int(rollouts.responses.lengths[i]),
+                finished=bool(rollouts.finished[i]),
+            )
+            for i in range(len(rollouts))
+        ]
+
+    def _decode(self, rollouts: Rollouts) -> tuple[list[str], list[str]]:
+        prompts = [conversation[-1]["content"] for conversation in rollouts.messages]
+        ids = [row.tolist() for row in rollouts.responses]
+        return prompts, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def state_dict(self) -> dict[str, float]:
+        return self.reward_scale.state_dict()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.reward_scale.load_state_dict(state)
+
+
+def _joined(chunks: Sequence[Rollouts | Scores | Ragged]) -> tuple[Rollouts, Scores, Ragged]:
+    third = len(chunks) // 3
+    rollouts = Rollouts.concat([c for c in chunks[:third] if isinstance(c, Rollouts)])
+    scores = [c for c in chunks[third : 2 * third] if isinstance(c, Scores)]
+    reference = Ragged.concat([c for c in chunks[2 * third :] if isinstance(c, Ragged)])
+    total = np.concatenate([s.total for s in scores])
+    parts = {name: np.concatenate([s.parts[name] for s in scores]) for name in scores[0].parts}
+    return rollouts, Scores(total, parts), reference
+
+
+def _row_sums(values: NDArray[np.generic], rows: Ragged) -> NDArray[np.float64]:
+    return np.bincount(rows.row_ids, weights=values, minlength=len(rows))

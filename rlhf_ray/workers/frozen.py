@@ -1,0 +1,107 @@
+"""Models that are only read: the reference of the KL penalty, and the reward sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+
+from rlhf_ray.config.schema import FunctionReward, ModelSection, Reward, TrainingSection
+from rlhf_ray.models.batching import TokenBatch, before_responses, last_positions, plan_micro_batches
+from rlhf_ray.models.heads import PolicyModel, ScalarModel
+from rlhf_ray.models.inference import forward_rows, in_row_order
+from rlhf_ray.models.loading import load_policy_model, load_scalar_model, load_tokenizer
+from rlhf_ray.rewards.functions import RewardFunction
+from rlhf_ray.types import Ragged, Rollouts, Scores
+
+
+class FrozenModel:
+    """Forward passes with the trainer's own precision, so that equal weights give equal numbers."""
+
+    def __init__(self, module: torch.nn.Module, training: TrainingSection, device: torch.device) -> None:
+        self.module = module.eval().requires_grad_(False).to(device)
+        self.training = training
+        self.device = device
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.training.precision == "mixed")
+
+    def forward_all(self, sequences: Ragged, is_source: np.ndarray, **options: float) -> Ragged:
+        def forward(batch: TokenBatch) -> torch.Tensor:
+            out = self.module(batch, **options)
+            return out if isinstance(out, torch.Tensor) else out.logprobs
+
+        (micro_batches,) = plan_micro_batches(sequences.lengths, 1, self.training.tokens_per_micro_batch)
+        with self.autocast():
+            part = forward_rows(
+                forward, sequences, is_source, micro_batches, self.training.packing, self.device
+            )
+        return in_row_order([part])
+
+
+class ReferenceWorker:
+    """Log-probs under the policy that training started from."""
+
+    def __init__(self, model: ModelSection, training: TrainingSection, device: torch.device, threads: int) -> None:
+        torch.set_num_threads(threads)
+        module = PolicyModel(load_policy_model(model), training.tokens_per_micro_batch)
+        self.model = FrozenModel(module, training, device)
+
+    def logprobs(self, rollouts: Rollouts, temperature: float) -> Ragged:
+        """At the sampler's temperature; one value a response token."""
+        sequences = rollouts.sequences
+        is_source = before_responses(rollouts.prompts.lengths, sequences)
+        return self.model.forward_all(sequences, is_source, temperature=temperature)
+
+
+class RewardWorker:
+    """All reward sources of a stage, and their weighted sum.
+
+    Args:
+        sources: each with, for a source of type `model`, the section of its reward model.
+    """
+
+    def __init__(
+        self,
+        policy: ModelSection,
+        sources: Sequence[tuple[Reward, ModelSection | None]],
+        training: TrainingSection,
+        device: torch.device,
+        threads: int,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.tokenizer = load_tokenizer(policy)
+        self.sources: list[tuple[Reward, FrozenModel | RewardFunction]] = []
+        for source, model in sources:
+            if isinstance(source, FunctionReward):
+                self.sources.append((source, RewardFunction(source.name, source.function)))
+            else:
+                assert model is not None
+                module = ScalarModel(load_scalar_model(model, seed=0))
+                self.sources.append((source, FrozenModel(module, training, device)))
+
+    def score(self, rollouts: Rollouts) -> Scores:
+        """
+        Raises:
+            RewardError: a function raised, or returned the wrong number or kind of values.
+        """
+        parts = {source.name: self._evaluate(scorer, rollouts) for source, scorer in self.sources}
+        # NaN stands for "does not apply": it adds nothing to the total.
+        total = sum(source.weight * np.nan_to_num(parts[source.name]) for source, _ in self.sources if source.weight)
+        return Scores(np.asarray(total, dtype=np.float32), parts)
+
+    def _evaluate(self, scorer: FrozenModel | RewardFunction, rollouts: Rollouts) -> np.ndarray:
+        if isinstance(scorer, RewardFunction):
+            completions = self.tokenizer.batch_decode([r.tolist() for r in rollouts.responses], skip_special_tokens=True)
+            return scorer(rollouts.messages, completions, rollouts.columns)
+        # The very ids that were sampled. The reward model has only seen answers that end in EOS, so one that the
+        # length limit cut gets it too; being cut is punished apart (missing_eos_penalty).
+        eos = self.tokenizer.eos_token_id
+        ended = [
+            r if finished else np.append(r, eos)
+            for r, finished in zip(rollouts.responses, rollouts.finished, strict=True)
+        ]
+        sequences = Ragged.join(rollouts.prompts, Ragged.from_rows(ended, np.int32))
+        return scorer.forward_all(sequences, last_positions(sequences)).values.astype(np.float32)

@@ -1,0 +1,158 @@
+"""One rank of a model that is being trained, whatever its objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_ray.algorithms.metrics import MetricSums, finalise, merge, pack, unpack
+from rlhf_ray.config.schema import OptimizerSection, TrainingSection
+from rlhf_ray.engines.deepspeed_engine import TrainEngine, World, init_world, leave_world
+from rlhf_ray.models.batching import TokenBatch, plan_micro_batches
+from rlhf_ray.models.inference import forward_rows, in_row_order
+from rlhf_ray.models.loading import save_model_folder
+from rlhf_ray.types import Metrics, Ragged, Rows
+
+BatchT = TypeVar("BatchT", bound=Rows)
+BatchT_contra = TypeVar("BatchT_contra", bound=Rows, contravariant=True)
+
+
+class Objective(Protocol[BatchT_contra]):
+    """What is minimised. Sums over rows, so that any split of a batch gives the same gradient."""
+
+    def lengths(self, batch: BatchT_contra) -> NDArray[np.int64]:
+        """[B] tokens of each row in the forward pass."""
+        ...
+
+    def denominator(self, batch: BatchT_contra) -> float:
+        """What the summed loss of the whole batch is divided by."""
+        ...
+
+    def loss(
+        self, model: nn.Module, rows: BatchT_contra, packing: bool, device: torch.device
+    ) -> tuple[torch.Tensor, MetricSums]:
+        """Sum over the given rows (perhaps none), with gradient; and the metrics of these rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What every trained model needs to know, whatever its role."""
+
+    optimizer: OptimizerSection
+    training: TrainingSection
+    world: World
+    total_steps: int
+    seed: int
+
+
+class ModelWorker:
+    """Args: name: prefix of this model's metrics (`policy`, `critic`, `reward`)."""
+
+    def __init__(
+        self, name: str, build: Callable[[], nn.Module], tokenizer: PreTrainedTokenizerBase, spec: WorkerSpec
+    ) -> None:
+        init_world(spec.world)
+        self.name = name
+        self.spec = spec
+        self.world = spec.world
+        self.tokenizer = tokenizer
+        self.engine = TrainEngine(build, spec.optimizer, spec.training, spec.world, spec.total_steps)
+
+    def update(
+        self, objective: Objective[BatchT], batch: BatchT, num_mini_batches: int = 1, num_epochs: int = 1, step: int = 0
+    ) -> Metrics:
+        """Train on a batch: `num_epochs` passes of `num_mini_batches` optimizer steps each.
+
+        Rows are shuffled for every pass by (seed, step), the same on every rank, so a resumed run shuffles alike.
+        """
+        self.engine.engine.train()
+        generator = np.random.default_rng([self.spec.seed, step])
+        sums: list[MetricSums] = []
+        grad_norms: list[float] = []
+        for _ in range(num_epochs):
+            order = generator.permutation(len(batch)) if num_mini_batches > 1 else np.arange(len(batch))
+            for rows in np.array_split(order, num_mini_batches):
+                sums.append(self._accumulate(objective, batch.select(rows)))
+                learning_rate = self.engine.learning_rate
+                grad_norms.append(self.engine.step())
+        return {
+            **self._reduce(sums),
+            f"{self.name}/grad_norm": float(np.mean(grad_norms)),
+            f"{self.name}/learning_rate": learning_rate,
+        }
+
+    def _accumulate(self, objective: Objective[BatchT], batch: BatchT) -> MetricSums:
+        """Forward and backward over this rank's micro-batches of one optimizer step."""
+        denominator = objective.denominator(batch)
+        sums = []
+        for rows in self._my_micro_batches(objective.lengths(batch)):
+            with self.engine.autocast():
+                loss, metrics = self._loss(objective, batch.select(rows))
+            self.engine.backward(loss / denominator)
+            sums.append(metrics)
+        return merge(sums)
+
+    def evaluate(self, objective: Objective[BatchT], batch: BatchT) -> Metrics:
+        """The objective's metrics without training."""
+        self.engine.engine.eval()
+        sums = []
+        for rows in self._my_micro_batches(objective.lengths(batch)):
+            with torch.no_grad(), self.engine.autocast():
+                _, metrics = self._loss(objective, batch.select(rows))
+            sums.append(metrics)
+        return self._reduce(sums)
+
+    def _loss(self, objective: Objective[BatchT], rows: BatchT) -> tuple[torch.Tensor, MetricSums]:
+        return objective.loss(self.engine.engine, rows, self.spec.training.packing, self.world.device)
+
+    def _my_micro_batches(self, lengths: NDArray[np.int64]) -> list[list[int]]:
+        return plan_micro_batches(lengths, self.world.size, self.spec.training.tokens_per_micro_batch)[self.world.rank]
+
+    def _reduce(self, parts: list[MetricSums]) -> Metrics:
+        merged = merge(parts)
+        if self.world.size > 1:
+            sums, maxima = (tensor.to(self.world.device) for tensor in pack(merged))
+            dist.all_reduce(sums)
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+            merged = unpack(merged, sums.cpu(), maxima.cpu())
+        return finalise(merged)
+
+    def forward_all(
+        self, forward: Callable[[TokenBatch], torch.Tensor], sequences: Ragged, is_source: NDArray[np.bool_]
+    ) -> Ragged:
+        """Values at the selected positions, in order, on every rank; each rank computes a share of the rows."""
+        self.engine.engine.eval()
+        with self.engine.autocast():
+            part = forward_rows(
+                forward,
+                sequences,
+                is_source,
+                self._my_micro_batches(sequences.lengths),
+                self.spec.training.packing,
+                self.world.device,
+            )
+        return in_row_order(self.engine.gather_objects(part))
+
+    def save_model(self, folder: Path) -> None:
+        state = self.engine.full_state_dict()
+        if self.world.rank == 0:
+            save_model_folder(self.engine.module.model, state, self.tokenizer, folder)  # type: ignore[arg-type]
+
+    def save_state(self, folder: Path) -> None:
+        self.engine.save_state(folder)
+
+    def load_state(self, folder: Path) -> None:
+        self.engine.load_state(folder)
+
+    def close(self) -> None:
+        leave_world()
