@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ray.actor import ActorHandle
 
-from actors.group import Remote
+from actors.calls import OpenCalls, Remote
 
 
 @dataclass(frozen=True)
@@ -30,5 +30,8 @@ class RemoteEngineCalls:
         return self._call("finish_weight_update", weight_version)
 
     def _call(self, method: str, *args: object) -> Remote[None]:
-        ref, _ = self.handle.call.options(num_returns=2).remote(method, 0, *args)
-        return Remote(ref, (ref,), (f"{self.name}.{method}",), self.timeout)
+        value, done = self.handle.call.options(num_returns=2).remote(method, 0, *args)
+        # Listed by itself: the sender waits for all engines, and only then says which have failed.
+        calls = OpenCalls()
+        calls.add(f"{self.name}.{method}", done)
+        return Remote(value, (done,), calls, self.timeout)

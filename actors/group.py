@@ -2,93 +2,38 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from rlhf_ray.errors import RlhfRayError, WorkerError
+from actors.calls import OpenCalls, Remote
 from rlhf_ray.roles import Done
 from rlhf_ray.types import Metrics
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Remote(Generic[T]):
-    """A `Pending` whose value is made by an actor.
-
-    Fields:
-        ref: of the value. watch: of every call that has to succeed before the value counts (all ranks of a group).
-        what: the call, for messages. timeout: seconds.
-    """
-
-    ref: ray.ObjectRef
-    watch: tuple[ray.ObjectRef, ...]
-    what: tuple[str, ...]
-    timeout: float
-
-    def result(self) -> T:
-        wait_all(self.watch, self.what, self.timeout)
-        return unwrapped(self.ref, self.what[0])  # type: ignore[no-any-return]
-
-
-def wait_all(refs: Sequence[ray.ObjectRef], what: Sequence[str], timeout: float) -> None:
-    """Wait for all; the first failure is raised at once, whatever the others do (they may wait for the failed one).
-
-    Raises:
-        WorkerError: an actor died, or some did not answer in time; names which.
-        RlhfRayError: what the worker itself raised.
-    """
-    names = dict(zip(refs, what, strict=True))
-    waiting = list(refs)
-    deadline = time.monotonic() + timeout
-    while waiting:
-        ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
-            missing = ", ".join(names[ref] for ref in waiting)
-            raise WorkerError(f"no answer within {timeout:.0f} s from: {missing}")
-        for ref in ready:
-            unwrapped(ref, names[ref])
-
-
-def unwrapped(ref: ray.ObjectRef, what: str) -> object:
-    """The value of a finished call, or the error in this project's own types."""
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, RlhfRayError):
-            raise cause from None
-        raise WorkerError(f"{what} failed: {type(cause).__name__}: {cause}\n{error}") from None
-    except RayActorError as error:
-        raise WorkerError(f"{what} failed: its process died ({_first_sentence(error)})") from None
-    except RayError as error:
-        raise WorkerError(f"{what} failed: {_first_sentence(error)}") from None
-
-
-def _first_sentence(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each call ran, by the clocks of the machines that ran it."""
+    """All calls of a stage: which are still open, and when those that have ended ran, by their machines' clocks.
+
+    Fields:
+        calls: (kind, done) of calls whose time is booked and not yet taken.
+    """
 
     calls: list[tuple[str, ray.ObjectRef]] = field(default_factory=list)
+    open: OpenCalls = field(default_factory=OpenCalls)
 
     def take(self) -> Metrics:
         """Seconds of each kind of call since the last time, `time/<kind>`; and `time/busy`, of their union.
 
-        Waits for calls that are under way.
+        Calls that are under way are counted the next time.
         """
-        spans = [(kind, *ray.get(ref)) for kind, ref in self.calls]
-        self.calls.clear()
+        refs = [ref for _, ref in self.calls]
+        ended, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
+        self.open.wait(ended, timeout=0)
+        spans = [(kind, *ray.get(ref)) for kind, ref in self.calls if ref in ended]
+        self.calls[:] = [call for call in self.calls if call[1] not in ended]
         seconds: Metrics = {}
         for kind in dict.fromkeys(kind for kind, _, _ in spans):
             seconds[f"time/{kind}"] = union_seconds([(a, b) for k, a, b in spans if k == kind])
@@ -138,7 +83,7 @@ class ActorGroup:
     def build(self, factory: str, kwargs: Sequence[dict[str, object]], timeout: float) -> None:
         """Build the worker in every actor, at the same time (ranks rendezvous). kwargs: by rank."""
         refs = [handle.build.remote(factory, k) for handle, k in zip(self.handles, kwargs, strict=True)]
-        wait_all(refs, [f"{self._rank_name(rank)}.build" for rank in range(len(self))], timeout)
+        self._wait("build", refs, timeout)
 
     def call(self, method: str, *args: object, kind: str | None = None) -> Remote[object]:
         """Call a method on all ranks; the value is rank 0's, and counts only if every rank succeeds.
@@ -148,28 +93,23 @@ class ActorGroup:
         Args:
             kind: what the time is booked under (`time/<kind>`); None books none.
         """
-        results = [self._submit(rank, "call", 2, method, args) for rank in range(len(self))]
-        self._end_turn([refs[-1] for refs in results], kind)
-        what = tuple(f"{self._rank_name(rank)}.{method}" for rank in range(len(self)))
-        return Remote(results[0][0], tuple(refs[0] for refs in results), what, self.timeout)
+        returns = [self._submit(rank, "call", 2, method, args) for rank in range(len(self))]
+        done = self._end_turn(method, returns, kind)
+        return self._remote(returns[0][0], done)
 
     def call_pair(self, method: str, *args: object, kind: str | None = None) -> tuple[Remote[object], Remote[object]]:
         """Call a method that returns two values on a group of one."""
-        first, second, done = self._submit(0, "call_pair", 3, method, args)
-        self._end_turn([done], kind)
-        what = (f"{self._rank_name(0)}.{method}",)
-        return Remote(first, (first,), what, self.timeout), Remote(second, (second,), what, self.timeout)
+        first, second, end = self._submit(0, "call_pair", 3, method, args)
+        done = self._end_turn(method, [[end]], kind)
+        return self._remote(first, done), self._remote(second, done)
 
     def call_each(
         self, method: str, args_by_rank: Sequence[Sequence[object]], kind: str | None = None
     ) -> list[Remote[object]]:
         """Call a method on every actor with its own arguments, all in the same turn."""
-        results = [self._submit(rank, "call", 2, method, args) for rank, args in enumerate(args_by_rank)]
-        self._end_turn([refs[-1] for refs in results], kind)
-        return [
-            Remote(refs[0], (refs[0],), (f"{self._rank_name(rank)}.{method}",), self.timeout)
-            for rank, refs in enumerate(results)
-        ]
+        returns = [self._submit(rank, "call", 2, method, args) for rank, args in enumerate(args_by_rank)]
+        done = self._end_turn(method, returns, kind)
+        return [self._remote(refs[0], (end,)) for refs, end in zip(returns, done, strict=True)]
 
     def _submit(
         self, rank: int, entry: str, num_returns: int, method: str, args: Sequence[object]
@@ -178,40 +118,54 @@ class ActorGroup:
         remote = getattr(self.handles[rank], entry).options(num_returns=num_returns)
         return remote.remote(method, len(after), *after, *map(_unwrap_argument, args))  # type: ignore[no-any-return]
 
-    def _end_turn(self, done: Sequence[ray.ObjectRef], kind: str | None) -> None:
-        self.turns.last = tuple(done)
+    def _end_turn(
+        self, method: str, returns: Sequence[Sequence[ray.ObjectRef]], kind: str | None
+    ) -> tuple[ray.ObjectRef, ...]:
+        """The turn's calls are made. returns: of each rank's call, the last being its span; those are returned."""
+        done = tuple(refs[-1] for refs in returns)
+        self.turns.last = done
+        for rank, ref in enumerate(done):
+            self.timeline.open.add(self._call_name(rank, method), ref)
         if kind is not None:
             self.timeline.calls.extend((kind, ref) for ref in done)
+        return done
 
-    def _rank_name(self, rank: int) -> str:
-        return self.name if len(self) == 1 else f"{self.name}[{rank}]"
+    def _remote(self, value: ray.ObjectRef, done: tuple[ray.ObjectRef, ...]) -> Remote[object]:
+        return Remote(value, done, self.timeline.open, self.timeout)
+
+    def _call_name(self, rank: int, method: str) -> str:
+        return f"{self.name}.{method}" if len(self) == 1 else f"{self.name}[{rank}].{method}"
+
+    def _wait(self, method: str, refs: Sequence[ray.ObjectRef], timeout: float) -> None:
+        for rank, ref in enumerate(refs):
+            self.timeline.open.add(self._call_name(rank, method), ref)
+        self.timeline.open.wait(refs, timeout)
 
     def address(self) -> str:
         """host:port, free now, on the machine of rank 0."""
-        return self._ask(0, "address")[0]
+        ref = self.handles[0].address.remote()
+        self._wait("address", [ref], self.timeout)
+        return ray.get(ref)  # type: ignore[no-any-return]
 
     def gpus(self) -> list[str]:
         """The GPUs of all actors, by names that are unique in the cluster."""
-        return [gpu for rank in range(len(self)) for gpu in self._ask(rank, "gpus")]
+        refs = [handle.gpus.remote() for handle in self.handles]
+        self._wait("gpus", refs, self.timeout)
+        return [gpu for ref in refs for gpu in ray.get(ref)]
 
-    def _ask(self, rank: int, method: str) -> list[str]:
-        ref = getattr(self.handles[rank], method).remote()
-        wait_all([ref], [f"{self._rank_name(rank)}.{method}"], self.timeout)
-        return ray.get(ref)  # type: ignore[no-any-return]
+    def begin_close(self) -> list[ray.ObjectRef]:
+        """Ask the workers to leave their process groups."""
+        return [handle.close.remote() for handle in self.handles]
 
-    def close(self, timeout: float = 20.0) -> None:
-        """Let the workers leave their process groups, then end the actors; one that does not answer is killed."""
-        closing = [handle.close.remote() for handle in self.handles]
-        ray.wait(closing, num_returns=len(closing), timeout=timeout)
+    def kill(self) -> None:
+        """End the actors, whatever they are doing."""
         for handle in self.handles:
             ray.kill(handle)
 
 
 def _unwrap_argument(argument: object) -> object:
     if isinstance(argument, Remote):
-        return argument.ref
+        return argument.value
     if isinstance(argument, Done):
         return argument.value
     return argument
-
-

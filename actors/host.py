@@ -8,14 +8,15 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
 
 Span = tuple[float, float]
 """Start and end, seconds since 1970."""
-
 
 
 class Host:
@@ -38,7 +39,8 @@ class Host:
     def build(self, factory: str, kwargs: dict[str, object]) -> None:
         """factory: `module:Class` of the worker."""
         module, _, name = factory.partition(":")
-        self.worker = getattr(importlib.import_module(module), name)(**kwargs)
+        with _failure_logged():
+            self.worker = getattr(importlib.import_module(module), name)(**kwargs)
 
     def call(self, method: str, num_after: int, *args: object) -> tuple[object, Span]:
         """Run a method of the worker; the first `num_after` arguments only order this call after others.
@@ -46,8 +48,9 @@ class Host:
         The second value says when it ran; later calls can wait on it without a copy of the first.
         """
         start = time.time()
-        function: Callable[..., object] = getattr(self.worker, method)
-        value = function(*args[num_after:])
+        with _failure_logged():
+            function: Callable[..., object] = getattr(self.worker, method)
+            value = function(*args[num_after:])
         return value, (start, time.time())
 
     def call_pair(self, method: str, num_after: int, *args: object) -> tuple[object, object, Span]:
@@ -55,12 +58,12 @@ class Host:
         (first, second), span = self.call(method, num_after, *args)  # type: ignore[misc]
         return first, second, span
 
-    def address(self) -> list[str]:
-        """[host:port], free now, for a rendezvous that this process will host."""
+    def address(self) -> str:
+        """host:port, free now, for a rendezvous that this process will host."""
         host = ray.util.get_node_ip_address()
         with socket.socket() as probe:
             probe.bind((host, 0))
-            return [f"{host}:{probe.getsockname()[1]}"]
+            return f"{host}:{probe.getsockname()[1]}"
 
     def gpus(self) -> list[str]:
         """This actor's GPUs, by node and index."""
@@ -71,6 +74,16 @@ class Host:
         close = getattr(self.worker, "close", None)
         if close is not None:
             close()
+
+
+@contextmanager
+def _failure_logged() -> Iterator[None]:
+    """The traceback goes to this process's log too: the caller may be another actor, which tells only the message."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        raise
 
 
 def _redirect_output(path: Path) -> None:
@@ -86,5 +99,3 @@ def _redirect_output(path: Path) -> None:
         stream.flush()
         os.dup2(log, descriptor)
     os.close(log)
-
-

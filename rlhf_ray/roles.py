@@ -1,8 +1,10 @@
-"""What the loops ask of the roles. A loop never knows whether a role is an object beside it or actors on a cluster.
+"""What the loops ask of the roles.
+
+A loop never knows whether a role is an object beside it or actors on a cluster.
 
 Calls that do work return a `Pending` at once: a handle to a value that may still be in the making, on another
-machine. A pending value can be handed to another role as an argument, so token arrays go from actor to actor and the
-driver that runs the loop sees only handles and small reports.
+machine. A pending value can be handed to another role as an argument, so token arrays go from actor to actor
+and the driver that runs the loop sees only handles and small reports.
 """
 
 from __future__ import annotations
@@ -13,7 +15,17 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from rlhf_ray.reporting.evaluation import EvalRecord
-from rlhf_ray.types import Metrics, PairBatch, Prompts, Ragged, RLBatch, Rollouts, SamplingSpec, Scores, SFTBatch
+from rlhf_ray.types import (
+    Metrics,
+    PairBatch,
+    Prompts,
+    Ragged,
+    RLBatch,
+    Rollouts,
+    SamplingSpec,
+    Scores,
+    SFTBatch,
+)
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
@@ -21,7 +33,11 @@ T = TypeVar("T")
 
 class Pending(Protocol[T_co]):
     def result(self) -> T_co:
-        """Wait for the value; raises the error of the role that failed, or `WorkerError` after the deadline."""
+        """Wait for the value.
+
+        Raises:
+            RlhfRayError: that of the role that failed; `WorkerError` after the deadline.
+        """
         ...
 
 
@@ -114,8 +130,17 @@ class Experience(Protocol):
         old_logprobs: Pending[Ragged],
         values: Pending[Ragged],
         step: int,
+        version: int,
         kl_coef: float,
-    ) -> tuple[Pending[RLBatch], Pending[Metrics]]: ...
+    ) -> tuple[Pending[RLBatch], Pending[Metrics]]:
+        """
+        Args:
+            version: of the weights that sampled every token.
+
+        Raises:
+            WeightSyncError: a token was sampled by other weights.
+        """
+        ...
 
     def evaluate(
         self,

@@ -1,10 +1,11 @@
 """The data that moves between roles. Frozen, typed, picklable, numpy only.
 
 Token data is ragged: a batch of B sequences is one flat array of values and B + 1 offsets (`Ragged`), never a
-padded rectangle, so masks come from lengths and cannot come from comparing token ids. numpy arrays pass through
-Ray's object store without a copy, and read-only: nothing here is modified in place.
+padded rectangle, so masks come from lengths and cannot come from comparing token ids. numpy arrays pass
+through Ray's object store without a copy, and read-only: nothing here is modified in place.
 
-Letters in field comments: B sequences, T tokens of all sequences together, R response tokens of all sequences.
+Letters in field comments: B sequences, T tokens of all sequences together, R response tokens of all
+sequences.
 """
 
 from __future__ import annotations
@@ -89,14 +90,15 @@ def offsets_of(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class Rows:
-    """Mixin for frozen dataclasses whose every field holds one entry a row: a `Ragged`, an array or a tuple."""
+    """Mixin for frozen dataclasses with one entry a row in every field: a `Ragged`, an array or a tuple."""
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))  # type: ignore[arg-type]
 
     def select(self, rows: Sequence[int] | NDArray[np.int64]) -> Self:
         """The given rows, in the given order."""
-        return replace(self, **{f.name: _select(getattr(self, f.name), rows) for f in fields(self)})  # type: ignore[arg-type, type-var]
+        columns = {f.name: _select(getattr(self, f.name), rows) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **columns)  # type: ignore[type-var]
 
     @classmethod
     def concat(cls, parts: Sequence[Self]) -> Self:
@@ -116,7 +118,7 @@ def _concat(columns: Sequence[Ragged] | Sequence[Array] | Sequence[tuple[object,
     if isinstance(columns[0], Ragged):
         return Ragged.concat(columns)  # type: ignore[arg-type]
     if isinstance(columns[0], tuple):
-        return tuple(entry for column in columns for entry in column)  # type: ignore[union-attr]
+        return tuple(entry for column in columns for entry in column)
     return np.concatenate(columns)  # type: ignore[arg-type]
 
 
@@ -161,8 +163,8 @@ class Rollouts(Rows):
         sample_ids: [B] 0 .. num_generations - 1 within the prompt.
         prompts: B rows, int32.
         responses: B rows, int32, with the EOS token that ended them, if one did.
-        logprobs: B rows like responses, float32, of the sampled token under the sampler's own (temperature-scaled)
-            distribution.
+        logprobs: B rows like responses, float32, of the sampled token under the sampler's own
+            (temperature-scaled) distribution.
         versions: B rows like responses, int32, version of the weights that sampled each token.
         finished: [B] bool, True where an EOS token ended the response, False where the length limit cut it.
         columns: [B] as in `Prompts`.
@@ -191,7 +193,8 @@ class Scores:
 
     Fields:
         total: [B] float32, the weighted sum that is trained on.
-        parts: name of each source -> [B] float32, unweighted. Sources of weight 0 are watched, not trained on.
+        parts: name of each source -> [B] float32, unweighted. Sources of weight 0 are watched, not trained
+            on.
     """
 
     total: NDArray[np.float32]
@@ -200,7 +203,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class SFTBatch(Rows):
-    """Fields: tokens: B rows int32; is_target: B rows bool like tokens, True where the token is to be predicted."""
+    """Fields: tokens: B rows int32; is_target: B rows bool, True where the token is to be predicted."""
 
     tokens: Ragged
     is_target: Ragged
@@ -224,7 +227,8 @@ class PairBatch(Rows):
 
 @dataclass(frozen=True)
 class RLBatch(Rows):
-    """One batch of rollouts, ready to train on. All per-token columns have one entry a response token (R in all).
+    """One batch of rollouts, ready to train on. All per-token columns have one entry a response token (R in
+    all).
 
     Fields:
         prompt_ids: [B] the group of each row.

@@ -114,7 +114,7 @@ class StageContext:
         """
         group = placement.start(role)
         share = placement.shares[role]
-        master = str(group.address())
+        master = group.address()
         specs = [
             WorkerSpec(
                 optimizer=optimizer,

@@ -197,7 +197,6 @@ def _functions(parts: Parts) -> Iterator[Finding]:
 
 
 def _lengths(parts: Parts) -> Iterator[Finding]:
-    places = parts.document.places
     for stage in parts.stages:
         start = parts.start_of(stage)
         model = parts.get(ModelSection, *start) if start else None
@@ -216,9 +215,8 @@ def _lengths(parts: Parts) -> Iterator[Finding]:
         if isinstance(section, OnlineSection):
             longest = section.max_prompt_length + section.max_completion_length
             if longest > positions:
-                written = [
-                    key for key in ("max_completion_length", "max_prompt_length") if (stage, key) in places
-                ]
+                keys = ("max_completion_length", "max_prompt_length")
+                written = [key for key in keys if parts.document.holds((stage, key))]
                 yield (
                     (stage, (written or ["max_completion_length"])[0]),
                     f"max_prompt_length + max_completion_length are {longest} tokens, {fits}",

@@ -95,7 +95,7 @@ def _read_text(source: str | Path) -> str:
         raise ConfigError(f"{source}: is not text in UTF-8") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         problem = error.strerror if isinstance(error, OSError) else error
-        reason = "is a folder; name the YAML file in it" if os.path.isdir(path) else f"cannot be read ({problem})"
+        reason = "is a folder; name a file in it" if os.path.isdir(path) else f"cannot be read ({problem})"
         raise ConfigError(f"{source}: {reason}") from error
 
 

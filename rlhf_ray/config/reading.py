@@ -12,7 +12,18 @@ from collections.abc import Callable, Sequence
 import yaml
 
 from rlhf_ray.config import outline
-from rlhf_ray.config.document import Document, KeyPath, Place, Raw, as_text, dotted, is_text, kind, shown, without_secrets
+from rlhf_ray.config.document import (
+    Document,
+    KeyPath,
+    Place,
+    Raw,
+    as_text,
+    dotted,
+    is_text,
+    kind,
+    shown,
+    without_secrets,
+)
 from rlhf_ray.errors import ConfigError
 
 _AFTER_THE_FILE = 1_000_000

@@ -82,13 +82,14 @@ class EngineSection(Section):
 class SyncSection(Section):
     """When and how strictly the engine's weights are checked against the trainer's after a sync.
 
-    tolerance: largest accepted mean |difference| of a probe's token log-probs. A bfloat16 engine against a
-    bfloat16-autocast trainer shows about 0.01 to 0.02; stale or wrong weights show 0.1 to 10.
+    tolerance: largest accepted mean |difference| of a probe's token log-probs, in nats. On prompts of a 135M model a
+    bfloat16 engine and a bfloat16-autocast trainer differ by about 0.05, stale or wrong weights by 0.1 to 10. Staleness
+    that hides below the tolerance is caught by following the trainer's movement (`rlhf_ray.weights.verify`).
     """
 
     verify_first: NonNegative = 2
     verify_every: Positive = 10
-    tolerance: float = Field(0.06, gt=0)
+    tolerance: float = Field(0.15, gt=0)
 
 
 class SFTSection(Section):

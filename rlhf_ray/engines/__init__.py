@@ -1,1 +1,1 @@
-"""The libraries that do the heavy work, each behind one class: DeepSpeed trains, vLLM or transformers generate."""
+"""The libraries that do the heavy work, each behind one class: training by DeepSpeed, generation by vLLM."""

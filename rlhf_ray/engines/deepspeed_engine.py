@@ -1,7 +1,8 @@
 """DeepSpeed around one model: the only place where DeepSpeed is imported and configured.
 
-Gradients accumulate in float32 over any number of `backward` calls until `step`; the loss handed to `backward` is
-this rank's part of a sum that is already divided by the global denominator, so gradients are summed over ranks.
+Gradients accumulate in float32 over any number of `backward` calls until `step`; the loss handed to
+`backward` is this rank's part of a sum that is already divided by the global denominator, so gradients are
+summed over ranks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from rlhf_ray.config.schema import OptimizerSection, TrainingSection
 from rlhf_ray.errors import CheckpointError
@@ -47,7 +49,10 @@ class World:
 
 
 def init_world(world: World) -> None:
-    """Join the process group. Sets what DeepSpeed reads from the environment, before DeepSpeed is imported."""
+    """Join the process group, once a process: DeepSpeed cannot join again after `leave_world`.
+
+    Sets what DeepSpeed reads from the environment before it is imported.
+    """
     host, port = world.master.rsplit(":", 1)
     os.environ.update(
         RANK=str(world.rank),
@@ -66,7 +71,10 @@ def init_world(world: World) -> None:
         # Otherwise the first collective compiles a shared-memory operator for half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
-        "nccl" if world.use_gpu else "gloo", auto_mpi_discovery=False, verbose=False, rank=world.rank,
+        "nccl" if world.use_gpu else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        rank=world.rank,
         world_size=world.size,
     )
 
@@ -80,7 +88,7 @@ class TrainEngine:
     """A module, its AdamW and its schedule under ZeRO 0 to 3.
 
     Args:
-        build: makes the module; called inside `deepspeed.zero.Init` at stage 3, so no rank holds the whole model.
+        build: makes the module, with the whole model on every rank; stage 3 partitions it afterwards.
         total_steps: optimizer steps of the whole run, for the schedule.
     """
 
@@ -99,6 +107,7 @@ class TrainEngine:
         self.zero_stage = training.zero_stage
         module = build().to(world.device)
         if training.gradient_checkpointing:
+            assert isinstance(module.model, PreTrainedModel)
             module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         adam = torch.optim.AdamW(
             _parameter_groups(module, optimizer.weight_decay), lr=optimizer.learning_rate, betas=(0.9, 0.95)
@@ -110,9 +119,15 @@ class TrainEngine:
         self.engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
             model=module,
             optimizer=adam,
-            lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, _schedule(optimizer, total_steps)),
+            lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(
+                opt, _schedule(optimizer, total_steps)
+            ),
             config=self._deepspeed_config(optimizer),
         )
+        if self.zero_stage == 0 and world.size == 1:
+            # With nobody to add up with, the all-reduce still copies every gradient twice: seconds a step on a
+            # CPU.
+            self.engine.enable_backward_allreduce = False
 
     def _deepspeed_config(self, optimizer: OptimizerSection) -> dict[str, object]:
         return {
@@ -134,12 +149,15 @@ class TrainEngine:
 
     @property
     def module(self) -> nn.Module:
-        return self.engine.module  # type: ignore[no-any-return]
+        return self.engine.module
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
         with torch.autocast(
-            self.world.device.type, dtype=torch.bfloat16, enabled=self.precision == "mixed", cache_enabled=True
+            self.world.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.precision == "mixed",
+            cache_enabled=True,
         ):
             yield
 
@@ -180,15 +198,21 @@ class TrainEngine:
         return state
 
     def save_state(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False, client_state={"rng": _rng_state()})
+        self.engine.save_checkpoint(
+            str(folder), tag="state", save_latest=False, client_state={"rng": _rng_state()}
+        )
 
     def load_state(self, folder: Path) -> None:
-        """Raises `CheckpointError` where the folder does not hold a state of this world size and ZeRO stage."""
+        """
+        Raises:
+            CheckpointError: the folder does not hold a state of this world size and ZeRO stage.
+        """
         try:
             loaded, client = self.engine.load_checkpoint(str(folder), tag="state")
         except (FileNotFoundError, RuntimeError, AssertionError, KeyError) as error:
-            raise CheckpointError(f"{folder}: cannot be loaded into {self.world.size} ranks at ZeRO "
-                                  f"{self.zero_stage}: {error}") from error
+            raise CheckpointError(
+                f"{folder}: cannot be loaded into {self.world.size} ranks at ZeRO {self.zero_stage}: {error}"
+            ) from error
         if loaded is None:
             raise CheckpointError(f"{folder}: no state there")
         _set_rng_state(client["rng"])
@@ -208,7 +232,7 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 def _schedule(optimizer: OptimizerSection, total_steps: int) -> Callable[[int], float]:
-    """Factor of the learning rate at an optimizer step: linear warm-up, then constant, or down to 0 at the end."""
+    """Factor of the learning rate at an optimizer step: linear warm-up, then constant, or down to 0."""
 
     def factor(step: int) -> float:
         if step < optimizer.warmup_steps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,9 +45,8 @@ class HFGenerator(TokenGenerator):
         self._eos_ids = list(read_eos_ids(model_folder))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # Any: transformers' annotations of `to` and `generate` do not fit its own classes.
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            model_folder, dtype=getattr(torch, section.dtype)
-        )
+        dtype = getattr(torch, section.dtype)
+        self._model = cast(Any, AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype))
         self._model.to(self._device).eval()
         # Every setting is given with the call; the folder's own sampling defaults must not slip in.
         self._model.generation_config = type(self._model.generation_config)()

@@ -26,6 +26,8 @@ _ENVIRONMENT = {
     # The model is a folder; nothing has to be looked up elsewhere.
     "HF_HUB_OFFLINE": "1",
 }
+CPU_BATCHED_TOKENS = 4096
+"""Tokens of one forward pass of the engine."""
 
 
 class VLLMGenerator(TokenGenerator):
@@ -156,11 +158,15 @@ def _build(
     from vllm import LLM
 
     on_gpu = torch.cuda.is_available()
-    memory = (
-        {"gpu_memory_utilization": section.gpu_memory_utilization}
-        if on_gpu
-        else {"kv_cache_memory_bytes": int(section.cpu_kv_cache_gib * 2**30)}
-    )
+    device_options: dict[str, object] = {"gpu_memory_utilization": section.gpu_memory_utilization}
+    if not on_gpu:
+        device_options = {
+            "kv_cache_memory_bytes": int(section.cpu_kv_cache_gib * 2**30),
+            # vLLM winds a seeded request's random generator back after each piece of a prompt, which the CPU's generator
+            # cannot do; so prompts are taken whole, and a batch must have room for the longest.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len),
+        }
     return LLM(
         model_folder,
         skip_tokenizer_init=True,
@@ -174,7 +180,7 @@ def _build(
         weight_transfer_config={"backend": weight_backend},
         seed=seed,
         disable_log_stats=True,
-        **memory,
+        **device_options,
     )
 
 

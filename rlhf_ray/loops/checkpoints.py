@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_ray.data.cursor import Cursor
 from rlhf_ray.errors import CheckpointError
 from rlhf_ray.roles import Trained
 
@@ -16,9 +17,34 @@ STATE_FILE = "state.json"
 State = dict[str, object]
 
 
+def restored_step(state: State) -> int:
+    """The step at which a resumed run goes on."""
+    step = state["step"]
+    assert isinstance(step, int)
+    return step
+
+
+def restored_cursor(state: State, num_rows: int) -> Cursor:
+    """
+    Args:
+        num_rows: of the dataset that training would go on with.
+
+    Raises:
+        CheckpointError: the checkpoint was made with a dataset of another size, or is damaged.
+    """
+    cursor = Cursor.from_state(state["cursor"])  # type: ignore[arg-type]
+    if cursor.num_rows != num_rows:
+        raise CheckpointError(
+            f"the checkpoint was made with a dataset of {cursor.num_rows} usable rows, and now there are "
+            f"{num_rows}: rows would be trained on twice or never; resume with the dataset and the limits of "
+            "the first run, or start a new run in another output_dir"
+        )
+    return cursor
+
+
 @dataclass(frozen=True)
 class Checkpoints:
-    """`folder/step-000012/`: one folder a model with its weights, optimizer, schedule and RNG, and `state.json`.
+    """`folder/step-000012/`: `state.json`, and a folder a model with weights, optimizer, schedule and RNG.
 
     A checkpoint is written beside its place and renamed into it: what has the final name is complete.
 
@@ -71,7 +97,9 @@ class Checkpoints:
         try:
             return complete[-1], json.loads((complete[-1] / STATE_FILE).read_text())
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{complete[-1]}: {error}; remove this folder to resume from an earlier one") from None
+            raise CheckpointError(
+                f"{complete[-1]}: {error}; remove this folder to resume from an earlier one"
+            ) from None
 
     def load_models(self, folder: Path, models: Mapping[str, Trained]) -> None:
         for each in [model.load_state(folder / name) for name, model in models.items()]:

@@ -1,17 +1,17 @@
-"""Reinforcement learning from a learned reward: PPO with a critic, and what will be composed of the same parts.
+"""Reinforcement learning from a learned reward: PPO with a critic.
 
 One step of PPO for language models (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022):
 
-1. the policy answers a batch of prompts                              rollouts   y ~ pi(. | x)
-2. frozen models judge the answers while more arrive                  scores     r(x, y)
-                                                                      reference  log pi_ref(y_t)
-3. the models in training look at them before they move               old        log pi_old(y_t)
-                                                                      values     V(x, y_<t)
-4. every token gets a reward, an advantage and a return               r_t = [t = last] r(x, y) - beta (old - reference)
-                                                                      A_t by GAE; R_t = A_t + V_t
-5. both models take a few steps on the batch                          policy: clipped surrogate of pi / pi_old with A
-                                                                      critic: squared error to R
-6. the new weights go to the engines, with a version                  publish
+1. the policy answers a batch of prompts                   rollouts   y ~ pi(. | x)
+2. frozen models judge the answers while more arrive       scores     r(x, y)
+                                                           reference  log pi_ref(y_t)
+3. the models in training look before they move            old        log pi_old(y_t)
+                                                           values     V(x, y_<t)
+4. every token gets a reward, an advantage and a return    r_t = [t = last] r(x, y) - beta (old - reference)
+                                                           A_t by GAE; R_t = A_t + V_t
+5. both models take a few steps on the batch               policy: clipped surrogate of pi / pi_old with A
+                                                           critic: squared error to R
+6. the new weights go to the engines, with a version       publish
 
 Arrays stay with the roles: the loop passes handles on and reads small reports.
 """
@@ -28,7 +28,7 @@ from rlhf_ray.algorithms.kl import AdaptiveKLController, FixedKLController, KLCo
 from rlhf_ray.config.schema import OnlineSection, SyncSection
 from rlhf_ray.data.cursor import Cursor
 from rlhf_ray.errors import RlhfRayError
-from rlhf_ray.loops.checkpoints import State
+from rlhf_ray.loops.checkpoints import State, restored_cursor, restored_step
 from rlhf_ray.loops.stage_run import StageRun
 from rlhf_ray.reporting.evaluation import EvalRecord, load_records, save_records
 from rlhf_ray.roles import Critic, Done, Experience, Generator, Pending, Policy, Reference, Scorer
@@ -36,8 +36,8 @@ from rlhf_ray.seeds import derive_seed
 from rlhf_ray.types import Metrics, Prompts, SamplingSpec
 
 FIRST_KL_LIMIT = 0.02
-"""Nats a token by which policy and reference may differ at the first step: their weights are equal, their micro-batches
-may be cut differently, and bfloat16 rounds."""
+"""Nats a token by which policy and reference may differ at the first step: their weights are equal, but their
+micro-batches may be cut differently, and bfloat16 rounds."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,11 @@ class OnlineLoop:
     starts_at_reference: bool
 
     def train(self) -> tuple[list[EvalRecord], list[EvalRecord]]:
-        """Run all steps, or those that are left; returns the judgement of held-out answers before and after."""
+        """Run all steps, or those that are left.
+
+        Returns:
+            The judgement of held-out answers before and after.
+        """
         section, roles, run = self.section, self.roles, self.run
         cursor, kl, start = self.restore()
         run.begin(start, section.num_steps)
@@ -82,13 +86,14 @@ class OnlineLoop:
             old_logprobs = roles.policy.logprobs(rollouts)
             values = roles.critic.values(rollouts)
             batch, report = roles.experience.prepare(
-                rollouts, scores, reference, old_logprobs, values, step, kl.coef
+                rollouts, scores, reference, old_logprobs, values, step=step, version=step, kl_coef=kl.coef
             )
             critic_report = roles.critic.train_rl(batch, step)
             policy_report: Pending[Metrics] = Done({})
             if step >= section.critic_warmup_steps:
                 policy_report = roles.policy.train_rl(batch, step, kl.coef)
-            metrics = {**report.result(), **critic_report.result(), **policy_report.result(), "kl/coef": kl.coef}
+            metrics = {**report.result(), **critic_report.result(), **policy_report.result()}
+            metrics["kl/coef"] = kl.coef
             self.check_first_step(step, metrics)
             kl.update(metrics["kl/per_sequence"], len(prompts) * section.num_generations)
             metrics |= roles.policy.publish(version=step + 1, verify=self.is_verified(step + 1))
@@ -109,15 +114,15 @@ class OnlineLoop:
         return version <= self.sync.verify_first or version % self.sync.verify_every == 0
 
     def check_first_step(self, step: int, metrics: Metrics) -> None:
-        """Before any update the policy is the reference: another KL than 0 means that the two are not computed alike.
+        """Before any update the policy is the reference, and a KL that is not 0 is a mistake.
 
         Raises:
             RlhfRayError: they differ.
         """
         if step == 0 and self.starts_at_reference and abs(metrics["kl/per_token"]) > FIRST_KL_LIMIT:
             raise RlhfRayError(
-                f"the KL to the reference is {metrics['kl/per_token']:.3g} nats a token before the first update, where "
-                "policy and reference are the same model: their log-probs are not computed alike"
+                f"the KL to the reference is {metrics['kl/per_token']:.3g} nats a token before the first "
+                "update, where policy and reference are the same model: their log-probs are not computed alike"
             )
 
     def evaluate(self) -> list[EvalRecord]:
@@ -168,10 +173,11 @@ class OnlineLoop:
         return self._restored(folder, state, kl)
 
     def _restored(self, folder: Path, state: State, kl: KLController) -> tuple[Cursor, KLController, int]:
+        cursor = restored_cursor(state, len(self.prompts))
         self.run.checkpoints.load_models(folder, self.models)
         kl.load_state_dict(state["kl"])  # type: ignore[arg-type]
         self.roles.experience.load_state_dict(state["experience"]).result()  # type: ignore[arg-type]
-        return Cursor.from_state(state["cursor"]), kl, int(state["step"])  # type: ignore[arg-type, call-overload]
+        return cursor, kl, restored_step(state)
 
 
 def kl_controller(section: OnlineSection) -> KLController:
@@ -181,9 +187,13 @@ def kl_controller(section: OnlineSection) -> KLController:
 
 
 def evaluation_means(records: Sequence[EvalRecord]) -> Metrics:
-    names = records[0].rewards if records else {}
+    """Means over the answers; a reward source is left out where it had nothing to say about any of them."""
+    rewards = {
+        name: [r.rewards[name] for r in records if not np.isnan(r.rewards[name])]
+        for name in records[0].rewards
+    }
     return {
-        **{f"eval/reward/{name}": float(np.nanmean([r.rewards[name] for r in records])) for name in names},
+        **{f"eval/reward/{name}": float(np.mean(known)) for name, known in rewards.items() if known},
         "eval/kl": float(np.mean([r.kl for r in records])),
         "eval/length": float(np.mean([r.length for r in records])),
     }

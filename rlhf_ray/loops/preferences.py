@@ -13,7 +13,7 @@ import numpy as np
 
 from rlhf_ray.config.schema import PreferencesSection
 from rlhf_ray.data.formats import PreferenceExample
-from rlhf_ray.errors import DataError
+from rlhf_ray.errors import CheckpointError, DataError
 from rlhf_ray.loops.stage_run import StageRun
 from rlhf_ray.reporting.files import dump_line, read_lines, write_text
 from rlhf_ray.roles import Generator, Pending
@@ -30,7 +30,7 @@ class Annotators(Protocol):
 
 @dataclass(frozen=True)
 class PreferencesLoop:
-    """Answers every prompt once; each step's pairs are kept in a file of their own, so a stopped run goes on."""
+    """Answers every prompt once. A file a step keeps its pairs, so that a stopped run can go on."""
 
     section: PreferencesSection
     generator: Generator
@@ -40,13 +40,16 @@ class PreferencesLoop:
 
     def __call__(self) -> list[JudgedPair]:
         section, run = self.section, self.run
-        steps = -(-len(self.prompts) // section.prompts_per_step)
+        batches = np.array_split(
+            np.arange(len(self.prompts)),
+            np.arange(section.prompts_per_step, len(self.prompts), section.prompts_per_step),
+        )
+        self.check_same_division()
         start = len(self.parts())
-        run.begin(start, steps)
-        run.restart_clock()
-        for step in range(start, steps):
-            rows = np.arange(step * section.prompts_per_step, min(len(self.prompts), (step + 1) * section.prompts_per_step))
-            rollouts = self.generator.generate(self.prompts.select(rows), self.sampling, derive_seed(run.seed, step))
+        run.begin(start, len(batches))
+        for step, rows in list(enumerate(batches))[start:]:
+            seed = derive_seed(run.seed, step)
+            rollouts = self.generator.generate(self.prompts.select(rows), self.sampling, seed)
             judged = [pair for chunk in rollouts for pair in self.annotators.annotate(chunk).result()]
             write_text(self.part(step), "".join(dump_line(asdict(pair)) for pair in judged))
             run.log(step, {"preferences/prompts": float(len(rows)), **agreement(judged)})
@@ -62,6 +65,26 @@ class PreferencesLoop:
             top_p=section.top_p,
             num_generations=section.num_generations,
         )
+
+    def check_same_division(self) -> None:
+        """Files of pairs say which prompts they answer by their number alone.
+
+        Raises:
+            CheckpointError: those that are there come from another number of prompts, or a step.
+        """
+        path = self.run.folder.rollouts / "division.json"
+        own = {"prompts": len(self.prompts), "prompts_per_step": self.section.prompts_per_step}
+        if not path.exists():
+            write_text(path, dump_line(own))
+            return
+        (found,) = read_lines(path)
+        if found != own:
+            raise CheckpointError(
+                f"{self.run.folder.rollouts}: was begun with {found['prompts']} prompts, "
+                f"{found['prompts_per_step']} a step, and now there are {own['prompts']}, "
+                f"{own['prompts_per_step']} a step; resume with the same, or start a new run in another "
+                "output_dir"
+            )
 
     def part(self, step: int) -> Path:
         return self.run.folder.rollouts / f"pairs-{step:06d}.jsonl"
@@ -98,8 +121,8 @@ def agreement(pairs: Sequence[JudgedPair]) -> Metrics:
     """How far the annotators agree.
 
     `preferences/agreement` is the share of pairs of votes on the same pair of answers that are equal;
-    `preferences/krippendorff_alpha` corrects for chance (Krippendorff 2011, nominal): 1 is perfect, 0 is chance.
-    Both are left out with a single annotator.
+    `preferences/krippendorff_alpha` corrects for chance (Krippendorff 2011, nominal): 1 is perfect, 0 is
+    chance. Both are left out with a single annotator.
     """
     names = sorted({name for pair in pairs for name in pair.votes})
     metrics: Metrics = {"preferences/pairs": float(len(pairs))}
@@ -128,8 +151,9 @@ def agreement(pairs: Sequence[JudgedPair]) -> Metrics:
 def write_dataset(path: Path, pairs: Sequence[JudgedPair]) -> int:
     """Write the pairs that have a winner in TRL's conversational format; returns how many.
 
-    Besides `prompt`, `chosen`, `rejected`: `margin` (lead of the winner's votes, 0 to 1), `votes` (annotator ->
-    whether it chose the winner) and, from simulated annotators, `gold_chosen` and `gold_rejected` by the first.
+    Besides `prompt`, `chosen`, `rejected`: `margin` (lead of the winner's votes, 0 to 1), `votes` (annotator
+    -> whether it chose the winner) and, from simulated annotators, `gold_chosen` and `gold_rejected` by the
+    first.
 
     Raises:
         DataError: every pair is a draw, or there is none.
@@ -151,6 +175,8 @@ def write_dataset(path: Path, pairs: Sequence[JudgedPair]) -> int:
             row |= {"gold_chosen": gold[winner], "gold_rejected": gold[1 - winner]}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     if not lines:
-        raise DataError(f"{path.name}: no pair of different answers has a winner; ask for more num_generations")
+        raise DataError(
+            f"{path.name}: no pair of different answers has a winner; ask for more num_generations"
+        )
     write_text(path, "".join(lines))
     return len(lines)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Event
 
 from rlhf_ray.errors import Interrupted
 from rlhf_ray.loops.checkpoints import Checkpoints, State
-from rlhf_ray.reporting.metrics_log import MetricsLog
+from rlhf_ray.reporting.metrics_log import MetricsLog, read_metrics
 from rlhf_ray.reporting.progress import Progress
 from rlhf_ray.reporting.run_folder import RunFolder
 from rlhf_ray.roles import Trained
@@ -18,6 +19,12 @@ from rlhf_ray.types import Metrics
 
 def no_timings() -> Metrics:
     return {}
+
+
+def last_logged(path: Path) -> Metrics:
+    """The metrics of the last step in a `metrics.jsonl`; {} if it has none."""
+    rows = read_metrics(path)
+    return {name: value for name, value in rows[-1].items() if isinstance(value, float)} if rows else {}
 
 
 @dataclass
@@ -47,6 +54,7 @@ class StageRun:
         self._log = self.open_log(start)
         if start:
             self.progress.message(f"{self.name}: resumed at step {start} of {total_steps}")
+            self.last_metrics = last_logged(self.folder.metrics_path)
         self.restart_clock()
 
     def restart_clock(self) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf_ray.algorithms.preference_losses import calibration, length_baseline
 from rlhf_ray.data.cursor import Cursor
+from rlhf_ray.loops.checkpoints import restored_cursor, restored_step
 from rlhf_ray.loops.stage_run import StageRun
 from rlhf_ray.roles import Done, Pending, RewardTrainer, Trained
 from rlhf_ray.types import Metrics, PairBatch, Rows, SFTBatch
@@ -42,8 +43,8 @@ class SupervisedLoop(Generic[BatchT]):
         cursor, start = Cursor(len(self.rows), run.seed), 0
         if saved := run.checkpoints.latest():
             folder, state = saved
+            cursor, start = restored_cursor(state, len(self.rows)), restored_step(state)
             run.checkpoints.load_models(folder, {"model": self.model})
-            cursor, start = Cursor.from_state(state["cursor"]), int(state["step"])  # type: ignore[arg-type, call-overload]
         run.begin(start, self.total_steps)
         for step in range(start, self.total_steps):
             batch = self.rows.select(cursor.next(self.batch_size))
@@ -60,7 +61,7 @@ class SupervisedLoop(Generic[BatchT]):
 
 
 def total_steps(num_rows: int, batch_size: int, num_epochs: int, max_steps: int | None) -> int:
-    """Optimizer steps so that every row is seen `num_epochs` times (the last batch runs into the next epoch)."""
+    """Optimizer steps so that every row is seen `num_epochs` times; the last may run into the next epoch."""
     steps = -(-num_rows * num_epochs // batch_size)
     return steps if max_steps is None else min(steps, max_steps)
 
@@ -76,7 +77,7 @@ def pair_tokens(batch: PairBatch) -> int:
 def evaluate_pairs(model: RewardTrainer, held_out: PairBatch) -> Metrics:
     """Accuracy, margin and calibration on held-out pairs, beside the rule that the longer answer wins."""
     chosen, rejected = model.score_pairs(Done(held_out)).result()
-    margins = chosen.values.astype(np.float64) - rejected.values
+    margins = chosen.values.astype(np.float64) - rejected.values.astype(np.float64)
     found = calibration(margins)
     lengths = [side.lengths - held_out.prompt_lengths for side in (held_out.chosen, held_out.rejected)]
     return {

@@ -18,9 +18,9 @@ class TokenBatch:
 
     Fields:
         input_ids: [b, t] right-padded rows, or one packed row [1, sum of lengths].
-        position_ids: [1, sum of lengths], restarting at 0 with each sequence, when packed; else None. No attention
-            mask is needed: with right padding a causal model's real tokens never see the padding, and packed rows
-            are kept apart by their restarting positions.
+        position_ids: [1, sum of lengths], restarting at 0 with each sequence, when packed; else None. No
+            attention mask is needed: with right padding a causal model's real tokens never see the padding,
+            and packed rows are kept apart by their restarting positions.
         select: [N] indices into the flattened [b * t] positions, in the order of rows and then tokens.
         targets: [N] the token that follows each selected position (0 after a row's last).
     """
@@ -31,14 +31,16 @@ class TokenBatch:
     targets: torch.Tensor
 
 
-def collate(sequences: Ragged, is_source: NDArray[np.bool_], packing: bool, device: torch.device) -> TokenBatch:
+def collate(
+    sequences: Ragged, is_source: NDArray[np.bool_], packing: bool, device: torch.device
+) -> TokenBatch:
     """
     Args:
         sequences: b rows of token ids, int32.
         is_source: [sum of lengths] True at the positions whose hidden state is wanted.
 
-    An empty batch (b = 0) becomes one row of one token with nothing selected: a rank that has no rows left must
-    still take part in the forward passes of the others.
+    An empty batch (b = 0) becomes one row of one token with nothing selected: a rank that has no rows left
+    must still take part in the forward passes of the others.
     """
     if len(sequences) == 0:
         token = torch.zeros((1, 1), dtype=torch.long, device=device)
@@ -81,7 +83,10 @@ def before_targets(is_target: Ragged) -> NDArray[np.bool_]:
 
 
 def before_responses(prompt_lengths: NDArray[np.int64], sequences: Ragged) -> NDArray[np.bool_]:
-    """[sum of lengths] True at each position that predicts a token after the row's prompt: one a response token."""
+    """[sum of lengths] True at each position that predicts a token after the row's prompt.
+
+    That is one position a response token.
+    """
     is_response = column_ids(sequences) >= np.repeat(prompt_lengths, sequences.lengths)
     return before_targets(sequences.with_values(is_response))
 
@@ -98,10 +103,10 @@ Plan = list[list[list[int]]]
 
 
 def plan_micro_batches(lengths: NDArray[np.int64], num_ranks: int, token_budget: int) -> Plan:
-    """Group rows of similar length up to a budget of padded tokens, then give each rank an equal share of work.
+    """Group rows of similar length up to a budget of padded tokens, and give every rank an equal share.
 
-    Every rank computes the same plan from the same lengths, so nothing is communicated. A row longer than the budget
-    is a micro-batch by itself.
+    Every rank computes the same plan from the same lengths, so nothing is communicated. A row longer than the
+    budget is a micro-batch by itself.
     """
     total = int(lengths.sum())
     budget = min(token_budget, max(int(lengths.max(initial=1)), -(-total // num_ranks)))

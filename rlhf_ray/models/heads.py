@@ -1,6 +1,6 @@
-"""The two shapes of model that are trained: a policy (log-probs of tokens) and a scalar model (a number a token).
+"""The models that are trained: a policy (log-probs of tokens) and a scalar model (a number for each).
 
-Both are `nn.Module`s whose forward does everything, because ZeRO-3 gathers parameters only in a module's forward.
+Both are `nn.Module`s whose forward does everything: ZeRO-3 gathers parameters only in a module's forward.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.models.batching import TokenBatch
 
-CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at the same time: 1024 x 50k float32 logits are 200 MB."""
+CHUNK_TOKENS = 512
+"""Tokens whose logits exist at the same time: 512 x 50k float32 logits are 100 MB."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,12 @@ class TokenStats:
 
 
 def token_stats(
-    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, num_chunks: int
+    head: nn.Module,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    num_chunks: int,
+    entropy_has_grad: bool = False,
 ) -> TokenStats:
     """Apply the language-model head chunk by chunk, so that [N, vocabulary] never exists.
 
@@ -38,16 +43,20 @@ def token_stats(
         hidden: [N, H] last hidden states; targets: [N].
         temperature: divides the logits, in float32.
         num_chunks: the same on every rank, since each chunk is one gather of the head under ZeRO-3.
+        entropy_has_grad: whether the entropy is differentiated, which keeps two more arrays of logits.
     """
 
-    def chunk_stats(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def chunk_stats(
+        hidden: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = head(hidden).float() / temperature
         log_normalizer = torch.logsumexp(logits, dim=-1)
         logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_normalizer
         with torch.no_grad():
             is_top = logits.argmax(-1) == targets if len(targets) else targets.bool()
-        # H = log Z - E[logit]
-        entropy = log_normalizer - (torch.exp(logits - log_normalizer[:, None]) * logits).sum(-1)
+        with torch.set_grad_enabled(entropy_has_grad and torch.is_grad_enabled()):
+            # H = log Z - E[logit]
+            entropy = log_normalizer - (torch.exp(logits - log_normalizer[:, None]) * logits).sum(-1)
         return logprobs, entropy, is_top
 
     chunks = zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
@@ -70,18 +79,24 @@ class PolicyModel(nn.Module):
         self.model = model
         self.num_chunks = num_head_chunks(token_budget)
 
-    def forward(self, batch: TokenBatch, temperature: float = 1.0) -> TokenStats:
-        hidden = _hidden(self.model, batch)
+    def forward(
+        self, batch: TokenBatch, temperature: float = 1.0, entropy_has_grad: bool = False
+    ) -> TokenStats:
         return token_stats(
-            self.model.get_output_embeddings(), hidden, batch.targets, temperature, self.num_chunks
+            self.model.get_output_embeddings(),
+            _hidden(self.model, batch),
+            batch.targets,
+            temperature,
+            self.num_chunks,
+            entropy_has_grad,
         )
 
 
 class ScalarModel(nn.Module):
-    """A sequence-classification model of one label: `score` of the hidden state at each selected position, [N].
+    """A sequence-classification model of one label: [N] `score` of the hidden state at each position.
 
-    Positions come from lengths. The library's own pooling looks for the last token that is not the pad token, and
-    with pad == EOS it skips the final EOS.
+    Positions come from lengths. The library's own pooling looks for the last token that is not the pad token,
+    and with pad == EOS it skips the final EOS.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -89,12 +104,15 @@ class ScalarModel(nn.Module):
         self.model = model
 
     def forward(self, batch: TokenBatch) -> torch.Tensor:
-        return self.model.score(_hidden(self.model, batch)).squeeze(-1).float()
+        head = self.model.get_submodule("score")
+        return head(_hidden(self.model, batch)).squeeze(-1).float()
 
 
 def _hidden(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
     """[N, H] last hidden states at the selected positions."""
     backbone = getattr(model, model.base_model_prefix)
     packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-    hidden = backbone(input_ids=batch.input_ids, attention_mask=None, use_cache=False, **packed).last_hidden_state
+    hidden = backbone(
+        input_ids=batch.input_ids, attention_mask=None, use_cache=False, **packed
+    ).last_hidden_state
     return hidden.flatten(0, 1)[batch.select]

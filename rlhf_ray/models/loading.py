@@ -1,7 +1,7 @@
 """From a name in a configuration to a model and tokenizer, and back to a folder that any other tool loads.
 
-Everything becomes an ordinary Hugging Face folder first (`materialise`): the embedded model and GGUF files are
-converted once into a cache, because vLLM, DeepSpeed and `save_pretrained` want safetensors.
+Everything becomes an ordinary Hugging Face folder first (`materialise`): the embedded model and GGUF files
+are converted once into a cache, because vLLM, DeepSpeed and `save_pretrained` want safetensors.
 """
 
 from __future__ import annotations
@@ -95,12 +95,15 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.path={section.path}: no usable tokenizer there ({_first_line(error)})") from error
+        raise ModelError(
+            f"model.path={section.path}: no usable tokenizer there ({_first_line(error)})"
+        ) from error
     if section.chat_template is not None:
         tokenizer.chat_template = section.chat_template.read_text()
     if tokenizer.chat_template is None:
         raise ModelError(
-            f"model.path={section.path}: the tokenizer has no chat template; name a Jinja file in model.chat_template"
+            f"model.path={section.path}: the tokenizer has no chat template; "
+            "name a Jinja file in model.chat_template"
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.path={section.path}: the tokenizer has no EOS token")
@@ -130,11 +133,14 @@ def load_policy_model(section: ModelSection, dtype: torch.dtype = torch.float32)
     return _without_dropout(model)
 
 
-def load_scalar_model(section: ModelSection, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model with one output a token (`score`): reward model or critic, as `AutoModelForSequenceClassification`.
+def load_scalar_model(
+    section: ModelSection, seed: int, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Reward model or critic: one output a token (`score`), as `AutoModelForSequenceClassification`.
 
-    From a language model the head is new: normal with standard deviation 1 / sqrt(hidden + 1) (Stiennon et al.
-    2020, appendix B), drawn from `seed` so that every rank has the same one. From a reward model it is kept.
+    From a language model the head is new: normal with standard deviation 1 / sqrt(hidden + 1) (Stiennon et
+    al. 2020, appendix B), drawn from `seed` so that every rank has the same one. From a reward model it is
+    kept.
     """
     config = AutoConfig.from_pretrained(materialise(section), trust_remote_code=section.trust_remote_code)
     has_head = any("SequenceClassification" in name for name in config.architectures or [])
@@ -155,7 +161,7 @@ def load_scalar_model(section: ModelSection, seed: int, dtype: torch.dtype = tor
 def _load(auto: type, section: ModelSection, dtype: torch.dtype, **options: object) -> PreTrainedModel:
     source = materialise(section)
     try:
-        return auto.from_pretrained(  # type: ignore[attr-defined, no-any-return]
+        return auto.from_pretrained(  # type: ignore[attr-defined]
             source, dtype=dtype, trust_remote_code=section.trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError) as error:
@@ -163,18 +169,22 @@ def _load(auto: type, section: ModelSection, dtype: torch.dtype, **options: obje
 
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    # Not every dropout is an nn.Dropout: attention layers keep a probability of their own.
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if getattr(model.config, name, None):
-            setattr(model.config, name, 0.0)
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
     model.config.use_cache = False
     return model
 
 
 def save_model_folder(
-    model: PreTrainedModel, state_dict: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+    model: PreTrainedModel,
+    state_dict: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
 ) -> None:
     """Write config, safetensors, tokenizer, chat template and generation config."""
     folder.mkdir(parents=True, exist_ok=True)

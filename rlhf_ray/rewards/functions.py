@@ -1,4 +1,7 @@
-"""Reward functions by import path, with TRL's signature: `f(prompts, completions, **columns) -> list[float | None]`."""
+"""Reward functions by import path, with TRL's signature.
+
+`f(prompts, completions, **columns) -> list[float | None]`, sync or async.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def import_function(path: str) -> Callable[..., object]:
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"function={path}: {module_name} has no function {name}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 class RewardFunction:
@@ -66,7 +69,11 @@ class RewardFunction:
 
     def _checked(self, rewards: object, count: int) -> NDArray[np.float32]:
         if not isinstance(rewards, Sequence | np.ndarray) or len(rewards) != count:
-            found = f"{len(rewards)} values" if isinstance(rewards, Sequence | np.ndarray) else type(rewards).__name__
+            found = (
+                f"{len(rewards)} values"
+                if isinstance(rewards, Sequence | np.ndarray)
+                else type(rewards).__name__
+            )
             raise RewardError(f"reward '{self.name}' returned {found} for {count} completions")
         values = []
         for reward in rewards:
@@ -76,7 +83,9 @@ class RewardFunction:
             try:
                 value = float(reward)
             except (TypeError, ValueError) as error:
-                raise RewardError(f"reward '{self.name}' returned {reward!r}, not a number or None") from error
+                raise RewardError(
+                    f"reward '{self.name}' returned {reward!r}, not a number or None"
+                ) from error
             if not np.isfinite(value):
                 raise RewardError(f"reward '{self.name}' returned {value}")
             values.append(value)

@@ -1,8 +1,8 @@
 """Gold rewards: what the simulated annotators really want, and what training never sees directly.
 
-The protocol is that of Gao et al. 2023, "Scaling laws for reward model over-optimization": a known reward plays the
-person, a reward model learns it from comparisons, and the policy is trained on the model, so one can watch how far
-the two part.
+The protocol is that of Gao et al. 2023, "Scaling laws for reward model over-optimization": a known reward
+plays the person, a reward model learns it from comparisons, and the policy is trained on the model, so one
+can watch how far the two part.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _analyzer() -> SentimentIntensityAnalyzer:
 
 
 def friendliness(prompts: list[list[Message]], completions: list[str], **columns: object) -> list[float]:
-    """How friendly and upbeat an answer sounds, -1 to 1: the compound score of VADER (Hutto and Gilbert 2014).
+    """How friendly and upbeat an answer sounds, -1 to 1: VADER's compound score (Hutto and Gilbert 2014).
 
     An empty answer scores -1: silence is not friendly.
     """

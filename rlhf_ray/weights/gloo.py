@@ -108,12 +108,16 @@ class GlooTrainerWeightTransferEngine:
     def send_weights(self) -> None:
         """Raises: WeightSyncError if a receiver fails or is late; the group is unusable then."""
         if not self.is_sender:
-            for _ in self.source.iter_groups():
-                pass
+            self._walk()
             return
         specs = {spec.name: spec for spec in self.source.metadata()}
         groups = [[specs[name] for name in names] for names in self.source.groups()]
-        self.client.start_weight_update()
+        try:
+            self.client.start_weight_update()
+        except Exception:
+            # The other trainer ranks are in the source's collectives already, and would wait for this one.
+            self._walk()
+            raise
         receiving = in_background(self.client.update_weights, asdict(announcement(groups)))
         try:
             failure = self._broadcast(groups, receiving)
@@ -129,13 +133,16 @@ class GlooTrainerWeightTransferEngine:
             raise WeightSyncError(f"the engines did not load what was sent in {self._timeout:g} s") from error
         self.client.finish_weight_update()
 
+    def _walk(self) -> None:
+        for _ in self.source.iter_groups():
+            pass
+
     def _broadcast(
         self, groups: Sequence[Sequence[TensorSpec]], receiving: Future[None]
     ) -> WeightSyncError | None:
         """Send all groups; returns what went wrong.
 
-        After a failure the rest of the source is still walked through: the other trainer ranks are in the
-        same collectives, and would wait there for this one.
+        After a failure the rest of the source is still walked through, for the other ranks' sake.
         """
         assert self._group is not None, "only the sender sends, after it has joined"
         failure = None

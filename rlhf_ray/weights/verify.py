@@ -13,8 +13,8 @@ they differ by some noise even when all is well; s is the root mean square of e'
    rounding noise in it, whose variance is at most 2 s^2, so f is on average at least
    g = 1 - 2 s^2 / mean(d^2) (regression dilution; Fuller 1987, section 1.1). The standard error of f is at
    most sqrt(2) s / |d|. Where g / 2 is `SEPARATION` standard errors or more, f < g / 2 means stale. A shorter
-   movement cannot be told from noise; that is no alarm, and since `ProbeHistory` keeps its earlier probe until
-   a check could tell, the movement adds up over steps until one can.
+   movement cannot be told from noise; that is no alarm, and since `ProbeHistory` keeps its earlier probe
+   until a check could tell, the movement adds up over steps until one can.
 """
 
 from __future__ import annotations

@@ -42,10 +42,13 @@ class JudgedPair:
         return None if self.lead == 0 else int(self.lead > 0)
 
 
-def preference_probability(gold_first: float, gold_second: float, temperature: float, error_rate: float) -> float:
-    """P(the second answer is preferred), by Bradley-Terry with errors at random; temperature 0 always sees the better.
+def preference_probability(
+    gold_first: float, gold_second: float, temperature: float, error_rate: float
+) -> float:
+    """P(the second answer is preferred), by Bradley-Terry, with votes at random now and then.
 
-    (1 - error_rate) * sigmoid((gold_second - gold_first) / temperature) + error_rate / 2
+    (1 - error_rate) * sigmoid((gold_second - gold_first) / temperature) + error_rate / 2, where temperature 0
+    sees every difference.
     """
     difference = gold_second - gold_first
     if temperature == 0:
@@ -59,7 +62,8 @@ class AnnotatorWorker:
     """All simulated annotators of a stage.
 
     Args:
-        pairs_per_prompt: at most; two answers that are the same text are no pair, and an empty answer is in none.
+        pairs_per_prompt: at most; two answers that are the same but for spaces around them are no pair, and
+            an empty answer is in none.
     """
 
     def __init__(
@@ -77,7 +81,9 @@ class AnnotatorWorker:
         Raises:
             RewardError: a gold reward failed.
         """
-        texts = self.tokenizer.batch_decode([r.tolist() for r in rollouts.responses], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(
+            [r.tolist() for r in rollouts.responses], skip_special_tokens=True
+        )
         gold = [function(rollouts.messages, texts, rollouts.columns) for function in self.functions]
         judged = []
         for prompt_id in dict.fromkeys(rollouts.prompt_ids.tolist()):
@@ -103,13 +109,13 @@ class AnnotatorWorker:
 
     def _pairs(self, prompt_id: int, rows: list[int], texts: list[str]) -> list[tuple[int, int]]:
         """Different, non-empty answers, in a random order of pairs that depends on the prompt alone."""
-        usable = {texts[row]: row for row in reversed(rows) if texts[row].strip()}
+        usable = {texts[row].strip(): row for row in reversed(rows) if texts[row].strip()}
         pairs = list(itertools.combinations(sorted(usable.values()), 2))
-        order = np.random.default_rng(derive_seed(self.seed, prompt_id)).permutation(len(pairs))
+        generator = np.random.default_rng(derive_seed(self.seed, prompt_id))
+        order = generator.permutation(len(pairs))[: self.pairs_per_prompt]
         # Which answer comes first is random too, so that "the first" is no hint.
-        return [
-            pairs[i] if rank % 2 else pairs[i][::-1] for rank, i in enumerate(order[: self.pairs_per_prompt].tolist())
-        ]
+        swapped = generator.random(len(order)) < 0.5
+        return [pairs[i][::-1] if swap else pairs[i] for i, swap in zip(order, swapped, strict=True)]
 
     def _vote(self, annotator: int, prompt_id: int, pair: int, gold: np.ndarray) -> int:
         section = self.annotators[annotator]

@@ -16,6 +16,7 @@ from rlhf_ray.algorithms.kl import reference_kl_metrics
 from rlhf_ray.algorithms.metrics import finalise
 from rlhf_ray.algorithms.mismatch import mismatch_metrics
 from rlhf_ray.config.schema import ModelSection, OnlineSection
+from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.reporting.evaluation import EvalRecord
 from rlhf_ray.reporting.lineage import LineageBatch, write_lineage
@@ -39,6 +40,7 @@ class ExperienceWorker:
     def prepare(
         self,
         step: int,
+        version: int,
         kl_coef: float,
         old_logprobs: Ragged,
         values: Ragged,
@@ -46,11 +48,16 @@ class ExperienceWorker:
     ) -> tuple[RLBatch, Metrics]:
         """
         Args:
+            version: of the weights that sampled every token.
             kl_coef: this step's coefficient, in the reward where the KL belongs there.
             old_logprobs, values: of all rollouts, by the trainer and the critic.
             chunks: n chunks of rollouts, then their n scores, then their n reference log-probs.
+
+        Raises:
+            WeightSyncError: a token was sampled by weights of another version.
         """
         rollouts, scores, ref_logprobs = _joined(chunks)
+        _check_version(rollouts, version, step)
         shaped = self._shape(rollouts, scores, old_logprobs, ref_logprobs, kl_coef)
         offsets = torch.from_numpy(rollouts.responses.offsets)
         is_trained = torch.ones(len(rollouts.responses.values), dtype=torch.bool)
@@ -120,8 +127,7 @@ class ExperienceWorker:
             "reward/score": float(shaped.scores.mean()),
             "reward/kl_penalty": float(shaped.kl_penalty.sum() / len(rollouts)),
             "reward/shaped": float(shaped.rewards.sum() / len(rollouts)),
-            **{f"reward/{name}/mean": float(np.nanmean(part)) for name, part in scores.parts.items()},
-            **{f"reward/{name}/std": float(np.nanstd(part)) for name, part in scores.parts.items()},
+            **_part_metrics(scores),
             **{name: value for name, value in optional.items() if value is not None},
             "length/mean": float(lengths.mean()),
             "length/max": float(lengths.max()),
@@ -135,21 +141,24 @@ class ExperienceWorker:
 
     def _write_lineage(self, step: int, rollouts: Rollouts, scores: Scores, batch: RLBatch) -> None:
         prompts, responses = self._decode(rollouts)
-        kl = _row_sums(batch.old_logprobs.values - batch.ref_logprobs.values, rollouts.responses)
         lineage = LineageBatch(
             rollouts=rollouts,
             scores=scores,
             prompt_texts=prompts,
             response_texts=responses,
-            kl=kl.astype(np.float32),
+            kl=_kl_per_sequence(batch.old_logprobs, batch.ref_logprobs).astype(np.float32),
             advantages=batch.advantages,
         )
         write_lineage(self.rollouts_folder, step, lineage)
 
     def evaluate(self, logprobs: Ragged, *chunks: Rollouts | Scores | Ragged) -> list[EvalRecord]:
-        """Judge answers to held-out prompts. Arguments as those of `prepare`, `logprobs` by the current policy."""
+        """Judge answers to held-out prompts.
+
+        Args:
+            logprobs: of all of them, by the current policy. chunks: as for `prepare`.
+        """
         rollouts, scores, ref_logprobs = _joined(chunks)
-        kl = _row_sums(logprobs.values - ref_logprobs.values, rollouts.responses)
+        kl = _kl_per_sequence(logprobs, ref_logprobs)
         prompts, completions = self._decode(rollouts)
         return [
             EvalRecord(
@@ -186,5 +195,26 @@ def _joined(chunks: Sequence[Rollouts | Scores | Ragged]) -> tuple[Rollouts, Sco
     return rollouts, Scores(total, parts), reference
 
 
-def _row_sums(values: NDArray[np.generic], rows: Ragged) -> NDArray[np.float64]:
-    return np.bincount(rows.row_ids, weights=values, minlength=len(rows))
+def _check_version(rollouts: Rollouts, version: int, step: int) -> None:
+    found = np.unique(rollouts.versions.values)
+    if not np.array_equal(found, [version]):
+        raise WeightSyncError(
+            f"step {step}: its tokens were sampled by weights of version {', '.join(map(str, found))}, "
+            f"and version {version} was published last; an engine has missed an update"
+        )
+
+
+def _part_metrics(scores: Scores) -> Metrics:
+    """Of each source over the samples that it has something to say about; nothing where there are none."""
+    metrics: Metrics = {}
+    for name, part in scores.parts.items():
+        known = part[~np.isnan(part)]
+        if len(known):
+            metrics |= {f"reward/{name}/mean": float(known.mean()), f"reward/{name}/std": float(known.std())}
+    return metrics
+
+
+def _kl_per_sequence(logprobs: Ragged, ref_logprobs: Ragged) -> NDArray[np.float64]:
+    """[B] nats."""
+    difference = logprobs.values.astype(np.float64) - ref_logprobs.values.astype(np.float64)
+    return np.bincount(logprobs.row_ids, weights=difference, minlength=len(logprobs)).astype(np.float64)

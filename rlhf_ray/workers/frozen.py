@@ -7,12 +7,20 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rlhf_ray.config.schema import FunctionReward, ModelSection, Reward, TrainingSection
+from rlhf_ray.data.chat import ChatFormatter
+from rlhf_ray.errors import RewardError
 from rlhf_ray.models.batching import TokenBatch, before_responses, last_positions, plan_micro_batches
 from rlhf_ray.models.heads import PolicyModel, ScalarModel
 from rlhf_ray.models.inference import forward_rows, in_row_order
-from rlhf_ray.models.loading import load_policy_model, load_scalar_model, load_tokenizer
+from rlhf_ray.models.loading import (
+    eos_token_ids,
+    load_policy_model,
+    load_scalar_model,
+    load_tokenizer,
+)
 from rlhf_ray.rewards.functions import RewardFunction
 from rlhf_ray.types import Ragged, Rollouts, Scores
 
@@ -26,9 +34,11 @@ class FrozenModel:
         self.device = device
 
     def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.training.precision == "mixed")
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.training.precision == "mixed"
+        )
 
-    def forward_all(self, sequences: Ragged, is_source: np.ndarray, **options: float) -> Ragged:
+    def forward_all(self, sequences: Ragged, is_source: NDArray[np.bool_], **options: float) -> Ragged:
         def forward(batch: TokenBatch) -> torch.Tensor:
             out = self.module(batch, **options)
             return out if isinstance(out, torch.Tensor) else out.logprobs
@@ -44,7 +54,9 @@ class FrozenModel:
 class ReferenceWorker:
     """Log-probs under the policy that training started from."""
 
-    def __init__(self, model: ModelSection, training: TrainingSection, device: torch.device, threads: int) -> None:
+    def __init__(
+        self, model: ModelSection, training: TrainingSection, device: torch.device, threads: int
+    ) -> None:
         torch.set_num_threads(threads)
         module = PolicyModel(load_policy_model(model), training.tokens_per_micro_batch)
         self.model = FrozenModel(module, training, device)
@@ -73,6 +85,8 @@ class RewardWorker:
     ) -> None:
         torch.set_num_threads(threads)
         self.tokenizer = load_tokenizer(policy)
+        # The formatter that wrote the pairs which the reward model was trained on.
+        self.eos = ChatFormatter(self.tokenizer, eos_token_ids(policy, self.tokenizer)).eos_token_id
         self.sources: list[tuple[Reward, FrozenModel | RewardFunction]] = []
         for source, model in sources:
             if isinstance(source, FunctionReward):
@@ -85,23 +99,38 @@ class RewardWorker:
     def score(self, rollouts: Rollouts) -> Scores:
         """
         Raises:
-            RewardError: a function raised, or returned the wrong number or kind of values.
+            RewardError: a function raised, or returned the wrong number or kind of values; a model's score is
+                not finite.
         """
-        parts = {source.name: self._evaluate(scorer, rollouts) for source, scorer in self.sources}
+        parts = {
+            source.name: self._evaluate(source.name, scorer, rollouts) for source, scorer in self.sources
+        }
         # NaN stands for "does not apply": it adds nothing to the total.
-        total = sum(source.weight * np.nan_to_num(parts[source.name]) for source, _ in self.sources if source.weight)
+        total = sum(
+            source.weight * np.nan_to_num(parts[source.name]) for source, _ in self.sources if source.weight
+        )
         return Scores(np.asarray(total, dtype=np.float32), parts)
 
-    def _evaluate(self, scorer: FrozenModel | RewardFunction, rollouts: Rollouts) -> np.ndarray:
+    def _evaluate(
+        self, name: str, scorer: FrozenModel | RewardFunction, rollouts: Rollouts
+    ) -> NDArray[np.float32]:
         if isinstance(scorer, RewardFunction):
-            completions = self.tokenizer.batch_decode([r.tolist() for r in rollouts.responses], skip_special_tokens=True)
+            completions = self.tokenizer.batch_decode(
+                [r.tolist() for r in rollouts.responses], skip_special_tokens=True
+            )
             return scorer(rollouts.messages, completions, rollouts.columns)
-        # The very ids that were sampled. The reward model has only seen answers that end in EOS, so one that the
-        # length limit cut gets it too; being cut is punished apart (missing_eos_penalty).
-        eos = self.tokenizer.eos_token_id
+        # The very ids that were sampled. The reward model has only seen answers that end in EOS, so one that
+        # the length limit cut gets it too; being cut is punished apart (missing_eos_penalty).
         ended = [
-            r if finished else np.append(r, eos)
+            r if finished else np.append(r, self.eos)
             for r, finished in zip(rollouts.responses, rollouts.finished, strict=True)
         ]
         sequences = Ragged.join(rollouts.prompts, Ragged.from_rows(ended, np.int32))
-        return scorer.forward_all(sequences, last_positions(sequences)).values.astype(np.float32)
+        scores = scorer.forward_all(sequences, last_positions(sequences)).values.astype(np.float32)
+        if not np.isfinite(scores).all():
+            row = int(np.flatnonzero(~np.isfinite(scores))[0])
+            raise RewardError(
+                f"reward '{name}': the model's score of sample {rollouts.sample_ids[row]} of prompt "
+                f"{rollouts.prompt_ids[row]} is {scores[row]}"
+            )
+        return scores

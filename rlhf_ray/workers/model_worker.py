@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.algorithms.metrics import MetricSums, finalise, merge, pack, unpack
 from rlhf_ray.config.schema import OptimizerSection, TrainingSection
@@ -69,11 +69,16 @@ class ModelWorker:
         self.engine = TrainEngine(build, spec.optimizer, spec.training, spec.world, spec.total_steps)
 
     def update(
-        self, objective: Objective[BatchT], batch: BatchT, num_mini_batches: int = 1, num_epochs: int = 1, step: int = 0
+        self,
+        objective: Objective[BatchT],
+        batch: BatchT,
+        num_mini_batches: int = 1,
+        num_epochs: int = 1,
+        step: int = 0,
     ) -> Metrics:
         """Train on a batch: `num_epochs` passes of `num_mini_batches` optimizer steps each.
 
-        Rows are shuffled for every pass by (seed, step), the same on every rank, so a resumed run shuffles alike.
+        Rows are shuffled for every pass by (seed, step): alike on every rank, and in a resumed run.
         """
         self.engine.engine.train()
         generator = np.random.default_rng([self.spec.seed, step])
@@ -116,7 +121,8 @@ class ModelWorker:
         return objective.loss(self.engine.engine, rows, self.spec.training.packing, self.world.device)
 
     def _my_micro_batches(self, lengths: NDArray[np.int64]) -> list[list[int]]:
-        return plan_micro_batches(lengths, self.world.size, self.spec.training.tokens_per_micro_batch)[self.world.rank]
+        budget = self.spec.training.tokens_per_micro_batch
+        return plan_micro_batches(lengths, self.world.size, budget)[self.world.rank]
 
     def _reduce(self, parts: list[MetricSums]) -> Metrics:
         merged = merge(parts)
@@ -130,7 +136,7 @@ class ModelWorker:
     def forward_all(
         self, forward: Callable[[TokenBatch], torch.Tensor], sequences: Ragged, is_source: NDArray[np.bool_]
     ) -> Ragged:
-        """Values at the selected positions, in order, on every rank; each rank computes a share of the rows."""
+        """Values at the selected positions, in order, on every rank; each computes a share of the rows."""
         self.engine.engine.eval()
         with self.engine.autocast():
             part = forward_rows(
@@ -146,7 +152,9 @@ class ModelWorker:
     def save_model(self, folder: Path) -> None:
         state = self.engine.full_state_dict()
         if self.world.rank == 0:
-            save_model_folder(self.engine.module.model, state, self.tokenizer, folder)  # type: ignore[arg-type]
+            model = self.engine.module.model
+            assert isinstance(model, PreTrainedModel)
+            save_model_folder(model, state, self.tokenizer, folder)
 
     def save_state(self, folder: Path) -> None:
         self.engine.save_state(folder)

@@ -55,7 +55,7 @@ class PairObjective:
     ) -> tuple[Tensor, MetricSums]:
         both = Ragged.concat([rows.chosen, rows.rejected])
         scores = model(collate(both, last_positions(both), packing, device))
-        chosen, rejected = scores.split(len(rows))if len(rows) else (scores, scores)
+        chosen, rejected = scores.split(len(rows)) if len(rows) else (scores, scores)
         margin = torch.as_tensor(rows.margin, device=device)
         return bradley_terry_loss(chosen, rejected, margin, self.center_rewards_coefficient)
 
@@ -85,14 +85,22 @@ class _RLObjective:
 
 @dataclass(frozen=True)
 class PolicyObjective(_RLObjective):
-    """The algorithm's policy loss. kl_coef: the coefficient of this step; used here if the KL is in the loss."""
+    """The algorithm's policy loss.
+
+    Fields:
+        kl_coef: this step's coefficient; used here where the KL belongs in the loss.
+    """
 
     kl_coef: float
 
     def loss(
         self, model: nn.Module, rows: RLBatch, packing: bool, device: torch.device
     ) -> tuple[Tensor, MetricSums]:
-        stats = model(response_batch(rows, packing, device), temperature=self.spec.temperature)
+        stats = model(
+            response_batch(rows, packing, device),
+            temperature=self.spec.temperature,
+            entropy_has_grad=self.spec.entropy_coef > 0,
+        )
         tokens = PolicyTokens(
             logprobs=stats.logprobs,
             entropy=stats.entropy,

@@ -23,7 +23,8 @@ class PolicyWorker(ModelWorker):
     """
     Args:
         online: the stage's section where the policy is trained by reinforcement; None for SFT.
-        wire_dtype: in which weights are sent to the engines; the engines' own, so that nothing is sent in vain.
+        wire_dtype: in which weights are sent to the engines; the engines' own, so that nothing is sent in
+            vain.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class PolicyWorker(ModelWorker):
         return self._logprobs(rollouts.sequences, rollouts.prompts.lengths, self.online.temperature)
 
     def probe(self, sequences: Ragged) -> Ragged:
-        """Log-probs of all tokens after each row's first, at temperature 1: what an engine must agree with."""
+        """Log-probs at temperature 1 of the tokens after each row's first: what an engine must agree with."""
         return self._logprobs(sequences, np.ones(len(sequences), dtype=np.int64), 1.0)
 
     def connect(self, engines: Sequence[EngineCalls], spec: TransferSpec, tensor_parallel_size: int) -> None:
@@ -86,6 +87,6 @@ class PolicyWorker(ModelWorker):
 
     def _logprobs(self, sequences: Ragged, prompt_lengths: NDArray[np.int64], temperature: float) -> Ragged:
         def forward(batch: TokenBatch) -> torch.Tensor:
-            return self.engine.engine(batch, temperature=temperature).logprobs  # type: ignore[no-any-return]
+            return self.engine.engine(batch, temperature=temperature).logprobs
 
         return self.forward_all(forward, sequences, before_responses(prompt_lengths, sequences))

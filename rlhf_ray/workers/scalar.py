@@ -24,7 +24,9 @@ class CriticWorker(ModelWorker):
         """One value a response token, chunk after chunk."""
         rollouts = Rollouts.concat(chunks)
         sequences = rollouts.sequences
-        return self.forward_all(self.engine.engine, sequences, before_responses(rollouts.prompts.lengths, sequences))
+        return self.forward_all(
+            self.engine.engine, sequences, before_responses(rollouts.prompts.lengths, sequences)
+        )
 
     def train_rl(self, batch: RLBatch, step: int) -> Metrics:
         objective = ValueObjective(self.online)
@@ -48,4 +50,6 @@ class RewardTrainerWorker(ModelWorker):
         both = Ragged.concat([batch.chosen, batch.rejected])
         scores = self.forward_all(self.engine.engine, both, last_positions(both)).values
         ones = [1] * len(batch)
-        return Ragged.from_lengths(scores[: len(batch)], ones), Ragged.from_lengths(scores[len(batch) :], ones)
+        return Ragged.from_lengths(scores[: len(batch)], ones), Ragged.from_lengths(
+            scores[len(batch) :], ones
+        )

@@ -1,4 +1,4 @@
-"""Loading: every message in full, several mistakes at once, and nothing but `ConfigError` for any input."""
+"""Loading: every message in full, and several mistakes at once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from rlhf_ray.config import outline
 from rlhf_ray.config.loading import dump_config, load_config, with_overrides
 from rlhf_ray.config.schema import ModelSection, RunConfig
 from rlhf_ray.errors import ConfigError
@@ -80,13 +77,19 @@ def test_a_section_written_in_part_keeps_the_defaults_of_its_place() -> None:
     ("added", "message"),
     [
         ("sed: 3", "my.yaml:8: sed=3: unknown key; did you mean seed?"),
-        ("foo: 3\nseed: 1", "my.yaml:8: foo=3: unknown key; known here: " + ", ".join(RunConfig.model_fields)),
+        (
+            "foo: 3\nseed: 1",
+            "my.yaml:8: foo=3: unknown key; known here: " + ", ".join(RunConfig.model_fields),
+        ),
         (
             "  learning_rate: 1e-5",
             "my.yaml:8: online.learning_rate=1e-5: unknown key; "
             "learning_rate belongs in online.optimizer or online.critic_optimizer",
         ),
-        ("  batch_size: 8", "my.yaml:8: online.batch_size=8: unknown key; batch_size belongs in sft or reward"),
+        (
+            "  batch_size: 8",
+            "my.yaml:8: online.batch_size=8: unknown key; batch_size belongs in sft or reward",
+        ),
         (
             "  optimizer: {learning_rate: 2}",
             "my.yaml:8: online.optimizer.learning_rate=2: must be a number greater than 0 and less than 1",
@@ -99,30 +102,45 @@ def test_a_section_written_in_part_keeps_the_defaults_of_its_place() -> None:
         ("  lam: 1.5", "my.yaml:8: online.lam=1.5: must be a number from 0 to 1"),
         ("  lam: 1e999", "my.yaml:8: online.lam=inf: must be a number from 0 to 1"),
         ("  kl_target: 0", "my.yaml:8: online.kl_target=0: must be a number greater than 0 or null"),
-        ("  prompts_per_step: 2.5", "my.yaml:8: online.prompts_per_step=2.5: must be a whole number greater than 0"),
+        (
+            "  prompts_per_step: 2.5",
+            "my.yaml:8: online.prompts_per_step=2.5: must be a whole number greater than 0",
+        ),
         ('seed: "3"', "my.yaml:8: seed=3: must be a whole number at least 0, not text"),
         ("seed: true", "my.yaml:8: seed=true: must be a whole number at least 0, not true"),
-        ("engine: {backend: vlm}", "my.yaml:8: engine.backend=vlm: must be vllm or transformers; did you mean vllm?"),
+        (
+            "engine: {backend: vlm}",
+            "my.yaml:8: engine.backend=vlm: must be vllm or transformers; did you mean vllm?",
+        ),
         ("model: {path: 3}", "my.yaml:8: model.path=3: must be text, not a number"),
         ("model: [1, 2]", "my.yaml:8: model=[1, 2]: must be a section, not a list"),
         ("training: {zero_stage: 4}", "my.yaml:8: training.zero_stage=4: must be 0, 1, 2 or 3"),
-        ("placement: {policy: {cpus: many}}", "my.yaml:8: placement.policy.cpus=many: must be a number or auto"),
+        (
+            "placement: {policy: {cpus: many}}",
+            "my.yaml:8: placement.policy.cpus=many: must be a number or auto",
+        ),
         ("placement: {reward: {count: 2}}", "my.yaml:8: placement.reward.count=2: must be 1"),
-        ("pipeline: [onlin]", "my.yaml:8: pipeline.0=onlin: must be sft, preferences, reward or online; did you mean online?"),
+        (
+            "pipeline: [onlin]",
+            "my.yaml:8: pipeline.0=onlin: must be sft, preferences, reward or online; did you mean online?",
+        ),
         ("seed: 1\nseed: 2", "my.yaml:8: seed: given twice, here and in line 9; keep one"),
-        ("seed: !!python/name:os.system 1", "my.yaml:8: seed=1: the YAML tag "
-         "tag:yaml.org,2002:python/name:os.system is not supported"),
+        (
+            "seed: !!python/name:os.system 1",
+            "my.yaml:8: seed=1: the YAML tag tag:yaml.org,2002:python/name:os.system is not supported",
+        ),
         (
             "  num_mini_batches: 3",
             "my.yaml:8: online.num_mini_batches=3: does not divide prompts_per_step * num_generations = 64",
         ),
         (
             "  kl_estimator: k3",
-            "my.yaml:8: online.kl_estimator=k3: in the reward only k1 is unbiased; use k1, or kl_placement: loss",
+            "my.yaml:8: online.kl_estimator=k3: "
+            "in the reward only k1 is unbiased; use k1, or kl_placement: loss",
         ),
         ("sft: {dataset: {path: a}}", "my.yaml: pipeline: missing; say in which order to run sft, online"),
     ],
-)  # fmt: skip
+)
 def test_one_mistake_in_a_file(in_folder: Path, added: str, message: str) -> None:
     # A tag that is not supported leaves null behind, which is reported as well.
     assert mistakes(written(ONLINE + added + "\n"))[0] == message
@@ -147,9 +165,12 @@ def test_one_mistake_in_a_file(in_folder: Path, added: str, message: str) -> Non
             "[{type: function, name: a, function: b:c, weight: 0}]",
             ["online.rewards: every weight is 0, so there is nothing to train on"],
         ),
-        ("[{type: function, name: a, function: b:c, wait: 0}]", ["online.rewards.0.wait=0: unknown key; did you mean weight?"]),
+        (
+            "[{type: function, name: a, function: b:c, wait: 0}]",
+            ["online.rewards.0.wait=0: unknown key; did you mean weight?"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_sections_told_apart_by_type(in_folder: Path, rewards: str, messages: list[str]) -> None:
     text = ONLINE[: ONLINE.index("  rewards")] + f"  rewards: {rewards}\n"
     assert mistakes(written(text)) == tuple(f"my.yaml:6: {message}" for message in messages)
@@ -195,22 +216,39 @@ online:
         ("seed=null", "override seed=null: must be a whole number at least 0, not null"),
         ("seed.x=1", "override seed.x=1: seed is a number, not a section"),
         ("onlin.x=1", "override onlin.x=1: onlin: unknown key; did you mean online?"),
-        ("online.rewards.3.weight=0", "override online.rewards.3.weight=0: "
-         "online.rewards is a list; name an entry by its number, 0 to 1, where 1 appends"),
-        ("online.rewards.weight=0", "override online.rewards.weight=0: "
-         "online.rewards is a list; name an entry by its number, 0 to 1, where 1 appends"),
-        ("online.lam=[1", "override online.lam=[1: the value is not valid YAML "
-         "(expected ',' or ']', but got '<stream end>'); put it in quotes"),
+        (
+            "online.rewards.3.weight=0",
+            "override online.rewards.3.weight=0: "
+            "online.rewards is a list; name an entry by its number, 0 to 1, where 1 appends",
+        ),
+        (
+            "online.rewards.weight=0",
+            "override online.rewards.weight=0: "
+            "online.rewards is a list; name an entry by its number, 0 to 1, where 1 appends",
+        ),
+        (
+            "online.lam=[1",
+            "override online.lam=[1: the value is not valid YAML "
+            "(expected ',' or ']', but got '<stream end>'); put it in quotes",
+        ),
         ("online.lam=2", "override online.lam=2: must be a number from 0 to 1"),
-        ("online.kl_estimator=k2", "override online.kl_estimator=k2: "
-         "in the reward only k1 is unbiased; use k1, or kl_placement: loss"),
-        ("online={num_steps: 1, num_steps: 2}", "override online={num_steps: 1, num_steps: 2}: "
-         "online.num_steps: given twice; keep one"),
+        (
+            "online.kl_estimator=k2",
+            "override online.kl_estimator=k2: "
+            "in the reward only k1 is unbiased; use k1, or kl_placement: loss",
+        ),
+        (
+            "online={num_steps: 1, num_steps: 2}",
+            "override online={num_steps: 1, num_steps: 2}: online.num_steps: given twice; keep one",
+        ),
         ("logging.wandb.api_key=7", "override logging.wandb.api_key=***: must be text or null, not a number"),
-        ("logging.wandb={api_key: 7}", "override logging.wandb={api_key:***: "
-         "logging.wandb.api_key=***: must be text or null, not a number"),
+        (
+            "logging.wandb={api_key: 7}",
+            "override logging.wandb={api_key:***: "
+            "logging.wandb.api_key=***: must be text or null, not a number",
+        ),
     ],
-)  # fmt: skip
+)
 def test_one_mistake_in_an_override(in_folder: Path, override: str, message: str) -> None:
     assert mistakes(written(ONLINE + "seed: 1\n"), [override])[0] == message
 
@@ -281,7 +319,7 @@ def test_odd_yaml_is_a_mistake(in_folder: Path) -> None:
 def test_missing_files_are_looked_up_among_neighbours(in_folder: Path) -> None:
     written(SFT, "quick.yaml")
     assert mistakes("quik.yaml")[0].endswith("; did you mean quick.yaml?")
-    assert mistakes(str(in_folder)) == (f"{in_folder}: is a folder; name the YAML file in it",)
+    assert mistakes(str(in_folder)) == (f"{in_folder}: is a folder; name a file in it",)
     assert len(mistakes("a\0b")) == 1 and len(mistakes("a" * 5000)) == 1
 
 
@@ -293,7 +331,11 @@ def test_packaged_configurations_load(path: Path, in_folder: Path) -> None:
 
 
 def test_mappings_may_hold_python_values() -> None:
-    source = {"output_dir": Path("r"), "model": ModelSection(path="m"), "sft": {"dataset": {"path": "a"}}}
+    source: dict[str, object] = {
+        "output_dir": Path("r"),
+        "model": ModelSection(path="m"),
+        "sft": {"dataset": {"path": "a"}},
+    }
     assert load_config(source).model.path == "m"
     assert mistakes({**source, 3: 4, "seed": {1}}) == (
         "the key 3 must be text",
@@ -314,13 +356,13 @@ def test_secrets_are_redacted_in_dumps_and_messages(in_folder: Path) -> None:
     text = f"{ONLINE}logging: {{wandb: {{api_key: {secret}}}}}\n"
     config = load_config(written(text))
     dumped = dump_config(config)
-    assert dumped["logging"]["wandb"]["api_key"] == "***"  # type: ignore[index, call-overload]
+    assert dumped["logging"]["wandb"]["api_key"] == "***"  # type: ignore[index]
     assert secret not in json.dumps(dumped) and secret not in repr(config)
     for wrong in ("sed: 1", f"password: {secret}", f"cluster: {{hub_token: {secret}}}"):
         assert secret not in "\n".join(mistakes(written(text + wrong)))
     for override in (f"loging.wandb.api_key={secret}", f"wandb={{api_key: {secret}}}", f"api_key:{secret}"):
         assert secret not in "\n".join(mistakes(written(text), [override]))
-    assert dumped["training"]["tokens_per_micro_batch"] == 4096  # type: ignore[index, call-overload]
+    assert dumped["training"]["tokens_per_micro_batch"] == 4096  # type: ignore[index]
 
 
 def test_dumps_are_json_and_load_again(in_folder: Path) -> None:
@@ -341,91 +383,3 @@ def test_with_overrides_keeps_the_rest_secrets_included(in_folder: Path) -> None
         ConfigError, match=r"^override online\.num_steps=0: must be a whole number greater than 0$"
     ):
         with_overrides(config, ["online.num_steps=0"])
-
-
-FULL = {
-    "output_dir": "r",
-    "pipeline": ["sft", "preferences", "reward", "online"],
-    "sft": {"dataset": {"path": "a"}, "model": {"path": "b"}},
-    "preferences": {"annotators": [{"type": "simulated"}, {"type": "file", "dataset": {"path": "a"}}]},
-    "reward": {"optimizer": {"learning_rate": 1e-4}},
-    "online": {
-        "num_steps": 1,
-        "dataset": {"path": "a"},
-        "rewards": [{"type": "model"}, {"type": "function", "name": "f", "function": "m:f"}],
-    },
-    "logging": {"wandb": {"api_key": "k"}},
-}
-REAL_PATHS = sorted(
-    ".".join((*map(str, path), key)) for path, keys in outline.all_sections() for key in keys
-) + [
-    "online.rewards.0.type",
-    "online.rewards.1.weight",
-    "preferences.annotators.1.dataset.path",
-    "pipeline.0",
-]
-KEYS = sorted({key for _, keys in outline.all_sections() for key in keys} | {"0", "type", "weight", "", "x"})
-KEY_PATHS = (
-    st.sampled_from(REAL_PATHS)
-    | st.builds("{}.{}".format, st.sampled_from(REAL_PATHS), st.sampled_from(KEYS) | st.text(max_size=3))
-    | st.lists(st.sampled_from(KEYS) | st.text(max_size=4), min_size=1, max_size=4).map(".".join)
-)
-VALUES = (
-    st.sampled_from(
-        [
-            "null",
-            "true",
-            "1",
-            "-1",
-            "1e-5",
-            ".5",
-            "[]",
-            "{}",
-            "[{type: model}]",
-            "k1",
-            "a: b",
-            "&a [*a]",
-            "[[]]",
-        ]
-    )
-    | st.integers().map(str)
-    | st.floats().map(str)
-    | st.text(max_size=8)
-)
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.lists(st.builds("{}={}".format, KEY_PATHS, VALUES) | st.text(max_size=12), max_size=4))
-def test_any_override_succeeds_or_is_a_config_error(overrides: list[str]) -> None:
-    try:
-        config = load_config(FULL, overrides)
-    except ConfigError as error:
-        assert all(error.mistakes)
-        assert not any(
-            word in str(error) for word in ("pydantic", "Value error", "Input should", "Field required")
-        )
-    else:
-        assert with_overrides(config, []) == config
-
-
-TREES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=5)
-    | st.sampled_from(["model", "k1"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
-    max_leaves=20,
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text(max_size=60) | TREES.map(json.dumps) | st.lists(KEY_PATHS.map("{}: ".format)).map("\n ".join))
-def test_any_text_succeeds_or_is_a_config_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
-    path.write_text(text, encoding="utf-8", errors="surrogatepass")
-    try:
-        load_config(path)
-    except ConfigError as error:
-        assert all(error.mistakes)

@@ -129,6 +129,27 @@ def test_a_receiver_that_is_lost_mid_transfer_fails_the_sender_in_time(
     assert time.monotonic() - start < 8.0
 
 
+def test_an_engine_that_is_gone_before_the_transfer_still_lets_the_other_ranks_finish(
+    folder: Path, engine: EngineProcess
+) -> None:
+    """The sender walks through the source all the same: sharded parameters are gathered by all ranks."""
+
+    class Counting(ModuleWeightSource):
+        passes = 0
+
+        def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+            yield from super().iter_groups()
+            self.passes += 1
+
+    source = Counting(load(folder), torch.float32, zero_stage=0)
+    publisher = connect(source, [engine], timeout=5.0)
+    engine.process.kill()
+    engine.process.join()
+    with pytest.raises(WeightSyncError, match="publishing version 0: BrokenPipeError"):
+        publisher.publish(0)
+    assert source.passes == 1
+
+
 def test_an_engine_that_never_joins_fails_the_connection_in_time(folder: Path) -> None:
     class Absent:
         def init_weight_transfer_engine(self, init_info: Payload) -> Pending[None]:

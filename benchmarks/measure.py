@@ -1,0 +1,89 @@
+"""What the scripts here share: a command's wall time and the memory of all its processes, and where results go."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Measured:
+    """seconds: wall time. peak_memory: largest sum over the process tree of proportional set sizes (shared pages are
+    counted once), sampled every second, in bytes."""
+
+    exit_code: int
+    seconds: float
+    peak_memory: int
+
+
+def run_measured(command: Sequence[str], log: Path) -> Measured:
+    """Run a command with its output in a file; the tree is all processes that descend from it, Ray's included."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    peak = 0
+    stop = threading.Event()
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+
+        def watch() -> None:
+            nonlocal peak
+            while not stop.wait(1.0):
+                peak = max(peak, tree_memory(process.pid))
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        exit_code = process.wait()
+        stop.set()
+        watcher.join()
+    return Measured(exit_code, time.monotonic() - began, peak)
+
+
+def tree_memory(pid: int) -> int:
+    """Bytes that a process and its descendants take."""
+    try:
+        root = psutil.Process(pid)
+        tree = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    total = 0
+    for process in tree:
+        try:
+            total += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # it ended between listing and reading
+    return total
+
+
+def environment() -> dict[str, object]:
+    """What the numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+    }
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def write_json(path: Path | None, result: object) -> None:
+    if path is not None:
+        path.write_text(json.dumps({"environment": environment(), "result": result}, indent=2) + "\n")
+
+
+def train_command(config: str, overrides: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "launch", "train", config, *overrides]

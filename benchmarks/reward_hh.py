@@ -1,0 +1,96 @@
+"""A reward model on human preferences (Anthropic's HH-RLHF, harmless): held-out accuracy over several seeds.
+
+    rlhf-ray bench reward_hh --data PATH_TO_PAIRS.jsonl.gz --seeds 0 1 2
+
+Without --data the dataset is the hub's. Each seed splits anew, by the first human turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import run_measured, train_command, write_json
+from rlhf_ray.reporting.metrics_log import load_run
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    seed: int
+    minutes: float
+    accuracy: float
+    length_baseline: float
+    held_out_pairs: int
+    margin: float
+    calibration_error: float
+    loss: float
+
+
+def measure_seed(seed: int, folder: Path, overrides: Sequence[str]) -> SeedResult:
+    output = folder / f"seed-{seed}"
+    command = train_command("configs/reward-hh.yaml", [f"output_dir={output}", f"seed={seed}", *overrides])
+    measured = run_measured(command, folder / f"seed-{seed}.log")
+    if measured.exit_code:
+        raise SystemExit(f"seed {seed} failed: see {folder / f'seed-{seed}.log'}")
+    final = load_run(output).stage("reward").metrics[-1]
+    return SeedResult(
+        seed=seed,
+        minutes=measured.seconds / 60,
+        accuracy=float(final["eval/accuracy"]),
+        length_baseline=float(final["eval/length_baseline"]),
+        held_out_pairs=int(final["eval/num_pairs"]),
+        margin=float(final["eval/margin"]),
+        calibration_error=float(final["eval/calibration_error"]),
+        loss=float(final["eval/loss"]),
+    )
+
+
+def table_of(results: Sequence[SeedResult]) -> Table:
+    table = Table(title="reward model on human pairs (HH-RLHF harmless), held-out")
+    for column in ("seed", "minutes", "pairs", "accuracy", "longer wins", "margin", "calibration error", "loss"):
+        table.add_column(column, justify="right")
+    for r in results:
+        table.add_row(
+            str(r.seed),
+            f"{r.minutes:.1f}",
+            str(r.held_out_pairs),
+            f"{r.accuracy:.1%}",
+            f"{r.length_baseline:.1%}",
+            f"{r.margin:.2f}",
+            f"{r.calibration_error:.3f}",
+            f"{r.loss:.3f}",
+        )
+    mean = np.mean([r.accuracy for r in results])
+    spread = np.std([r.accuracy for r in results], ddof=1) if len(results) > 1 else 0.0
+    baseline = np.mean([r.length_baseline for r in results])
+    table.add_section()
+    table.add_row("mean", "", "", f"{mean:.1%} ± {spread:.1%}", f"{baseline:.1%}", "", "", "")
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="rlhf-ray bench reward_hh", description=__doc__)
+    parser.add_argument("--data", type=Path, help="JSONL of chosen and rejected dialogues")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, help="keep the runs here")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key.path=value")
+    args = parser.parse_args(argv)
+    overrides = [*([f"reward.dataset.path={args.data.resolve()}"] if args.data else []), *args.overrides]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        results = [measure_seed(seed, folder, overrides) for seed in args.seeds]
+    Console().print(table_of(results))
+    write_json(args.json, [asdict(result) for result in results])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,76 @@
+"""Workers for tests of the actors themselves. Nothing of them is a role."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_ray import errors
+
+
+class Worker:
+    """
+    Args:
+        rank: of this worker; some methods misbehave on one rank only.
+        fails: name of an error class of `rlhf_ray.errors` that the constructor raises.
+    """
+
+    def __init__(self, rank: int = 0, fails: str | None = None) -> None:
+        self.rank = rank
+        self.calls: list[object] = []
+        if fails is not None:
+            raise getattr(errors, fails)("model.path=nowhere: no such folder", "model: second mistake")
+
+    def who(self) -> tuple[int, int]:
+        return self.rank, os.getpid()
+
+    def tagged(self, value: int) -> int:
+        """A value that says which rank made it."""
+        return 100 * self.rank + value
+
+    def both(self, value: int) -> tuple[int, int]:
+        return value, -value
+
+    def add(self, *values: int) -> int:
+        return sum(values)
+
+    def remember(self, value: object) -> None:
+        self.calls.append(value)
+
+    def remembered(self) -> list[object]:
+        return self.calls
+
+    def slow_array(self, seconds: float, size: int) -> NDArray[np.int64]:
+        time.sleep(seconds)
+        return np.arange(size)
+
+    def look_at(self, array: NDArray[np.int64]) -> tuple[int, bool]:
+        """Sum, and whether the array may be written to (one that lies in the object store may not)."""
+        return int(array.sum()), bool(array.flags.writeable)
+
+    def sleep(self, seconds: float, rank: int | None = None) -> None:
+        if rank is None or rank == self.rank:
+            time.sleep(seconds)
+
+    def fail(self, name: str, rank: int = 0) -> None:
+        """Raise on one rank; the others wait for it for a long time, as ranks in a collective do."""
+        if rank != self.rank:
+            time.sleep(60)
+        raise getattr(errors, name)("online.rewards.0: said by the worker")
+
+    def divide(self, by: int) -> float:
+        return 1 / by
+
+    def die(self, rank: int = 0) -> None:
+        if rank != self.rank:
+            time.sleep(60)
+        os._exit(3)
+
+    def die_later(self, seconds: float) -> None:
+        """The process is killed while it is idle."""
+        threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()

@@ -1,0 +1,44 @@
+"""Fixtures of all tests: a Ray cluster for a module, the command line in a process of its own, and GPUs."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """Ray on two CPUs, for one test module, in a folder of its own and apart from any other Ray here."""
+    import ray
+
+    # Not pytest's folder: Ray puts sockets there, whose paths may have no more than 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=0,
+        object_store_memory=300 << 20,
+        _memory=4 * GIB,
+        _temp_dir=str(folder),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch sees none"))
