@@ -164,8 +164,4 @@ class ActorGroup:
 
 
 def _unwrap_argument(argument: object) -> object:
-    if isinstance(argument, Remote):
-        return argument.value
-    if isinstance(argument, Done):
-        return argument.value
-    return argument
+    return argument.value if isinstance(argument, Remote | Done) else argument

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Event
 
+from rich.console import Console
+
 from launch.artefacts import Artefacts
 from launch.cluster import cluster
 from launch.stages import STAGE_RUNNERS
@@ -20,6 +22,7 @@ from rlhf_ray.reporting.capture import capture_library_output
 from rlhf_ray.reporting.metrics_log import RunResult, load_run
 from rlhf_ray.reporting.progress import Progress, open_progress
 from rlhf_ray.reporting.run_folder import RunFolder, RunRecord
+from rlhf_ray.reporting.summary import render_run
 
 
 def run(config: RunConfig, *, quiet: bool = False) -> RunResult:
@@ -57,6 +60,11 @@ def run(config: RunConfig, *, quiet: bool = False) -> RunResult:
             folder = root.stage(name) if is_pipeline else root
             _run_stage(config, name, artefacts, folder, progress, interrupt)
             artefacts = artefacts.after(name, folder)
+        progress.close()
+        if is_pipeline:
+            root.finish("done")
+        if not quiet:
+            render_run(root.path, Console(file=terminal))
     return load_run(config.output_dir)
 
 

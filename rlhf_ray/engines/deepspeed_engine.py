@@ -125,8 +125,8 @@ class TrainEngine:
             config=self._deepspeed_config(optimizer),
         )
         if self.zero_stage == 0 and world.size == 1:
-            # With nobody to add up with, the all-reduce still copies every gradient twice: seconds a step on a
-            # CPU.
+            # With nobody to add up with, the all-reduce still copies every gradient twice, which takes seconds
+            # a step on a CPU.
             self.engine.enable_backward_allreduce = False
 
     def _deepspeed_config(self, optimizer: OptimizerSection) -> dict[str, object]:

@@ -122,7 +122,7 @@ class OnlineLoop:
         if step == 0 and self.starts_at_reference and abs(metrics["kl/per_token"]) > FIRST_KL_LIMIT:
             raise RlhfRayError(
                 f"the KL to the reference is {metrics['kl/per_token']:.3g} nats a token before the first "
-                "update, where policy and reference are the same model: their log-probs are not computed alike"
+                "update, where policy and reference are one model: their log-probs are not computed alike"
             )
 
     def evaluate(self) -> list[EvalRecord]:

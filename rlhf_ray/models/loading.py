@@ -144,6 +144,10 @@ def load_scalar_model(
     """
     config = AutoConfig.from_pretrained(materialise(section), trust_remote_code=section.trust_remote_code)
     has_head = any("SequenceClassification" in name for name in config.architectures or [])
+    if has_head and config.num_labels != 1:
+        raise ModelError(
+            f"model.path={section.path}: a classifier of {config.num_labels} labels; a reward model has one"
+        )
     model = _load(AutoModelForSequenceClassification, section, dtype, num_labels=1)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:

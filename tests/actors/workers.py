@@ -33,6 +33,9 @@ class Worker:
         """A value that says which rank made it."""
         return 100 * self.rank + value
 
+    def environment(self, name: str) -> str | None:
+        return os.environ.get(name)
+
     def both(self, value: int) -> tuple[int, int]:
         return value, -value
 
@@ -74,3 +77,9 @@ class Worker:
     def die_later(self, seconds: float) -> None:
         """The process is killed while it is idle."""
         threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+
+    def lose_peer(self) -> None:
+        """Rank 1 dies; the others fail at once, as a collective whose connection is lost does."""
+        if self.rank == 1:
+            os._exit(3)
+        raise RuntimeError("connection closed by peer")

@@ -1,0 +1,280 @@
+"""The roles of `rlhf_ray.roles`, played in this process by the real workers; and groups of trainer ranks.
+
+DeepSpeed joins a process group once a process, so all single-rank workers of a test process share one world,
+and worlds of several ranks live in processes of their own (`run_ranks`).
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.multiprocessing
+
+from rlhf_ray.config.schema import (
+    ModelSection,
+    OnlineSection,
+    OptimizerSection,
+    Reward,
+    SimulatedAnnotator,
+    TrainingSection,
+)
+from rlhf_ray.engines.deepspeed_engine import World
+from rlhf_ray.loops.online import OnlineRoles
+from rlhf_ray.reporting.evaluation import EvalRecord
+from rlhf_ray.roles import Done, Pending
+from rlhf_ray.types import (
+    Metrics,
+    PairBatch,
+    Prompts,
+    Ragged,
+    RLBatch,
+    Rollouts,
+    SamplingSpec,
+    Scores,
+    SFTBatch,
+)
+from rlhf_ray.weights.source import ModuleWeightSource
+from rlhf_ray.weights.verify import Probe, compare_probe
+from rlhf_ray.workers.annotator import AnnotatorWorker, JudgedPair
+from rlhf_ray.workers.experience import ExperienceWorker
+from rlhf_ray.workers.frozen import ReferenceWorker, RewardWorker
+from rlhf_ray.workers.model_worker import ModelWorker, WorkerSpec
+from rlhf_ray.workers.policy import PolicyWorker
+from rlhf_ray.workers.scalar import CriticWorker, RewardTrainerWorker
+from tests.engine_process import free_port
+from tests.fakes import HandFedGenerator
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
+EXACT = TrainingSection(precision="float32", zero_stage=0)
+
+
+@functools.cache
+def single_world() -> World:
+    """The world of one rank that all workers of this process share."""
+    return World(rank=0, size=1, master=f"127.0.0.1:{free_port()}", threads=1, use_gpu=False)
+
+
+def worker_spec(
+    training: TrainingSection = EXACT,
+    optimizer: OptimizerSection | None = None,
+    world: World | None = None,
+    total_steps: int = 10,
+    seed: int = 0,
+) -> WorkerSpec:
+    return WorkerSpec(
+        optimizer or OptimizerSection(learning_rate=1e-3), training, world or single_world(), total_steps, seed
+    )
+
+
+def run_ranks(function: Callable[..., T], size: int, folder: Path, *args: object) -> list[T]:
+    """What `function(world, *args)` returns on each rank of a new world over gloo.
+
+    Args:
+        function: of a module, so that other processes can import it. folder: for the results.
+    """
+    master = f"127.0.0.1:{free_port()}"
+    torch.multiprocessing.spawn(_rank, (function, size, master, folder, args), nprocs=size)
+    return [pickle.loads((folder / f"rank-{rank}.pickle").read_bytes()) for rank in range(size)]
+
+
+def _rank(
+    rank: int, function: Callable[..., object], size: int, master: str, folder: Path, args: tuple
+) -> None:
+    torch.set_num_threads(1)
+    result = function(World(rank, size, master, threads=1, use_gpu=False), *args)
+    (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(result))
+
+
+def weights_of(worker: ModelWorker) -> dict[str, np.ndarray]:
+    """Name -> whole parameter (on rank 0; all ranks have to call)."""
+    return {name: tensor.numpy().copy() for name, tensor in worker.engine.full_state_dict().items()}
+
+
+@dataclass
+class LocalGenerator:
+    """Engines; prompts are dealt out in equal consecutive shares."""
+
+    engines: list[HandFedGenerator]
+
+    def generate(self, prompts: Prompts, sampling: SamplingSpec, seed: int) -> Sequence[Pending[Rollouts]]:
+        shares = [rows for rows in np.array_split(np.arange(len(prompts)), len(self.engines)) if len(rows)]
+        return [
+            Done(engine.generate(prompts.select(rows), sampling, seed))
+            for engine, rows in zip(self.engines, shares, strict=False)
+        ]
+
+
+@dataclass
+class LocalScorer:
+    worker: RewardWorker
+
+    def score(self, rollouts: Pending[Rollouts]) -> Pending[Scores]:
+        return Done(self.worker.score(rollouts.result()))
+
+
+@dataclass
+class LocalReference:
+    worker: ReferenceWorker
+
+    def logprobs(self, rollouts: Pending[Rollouts], temperature: float) -> Pending[Ragged]:
+        return Done(self.worker.logprobs(rollouts.result(), temperature))
+
+
+@dataclass
+class _LocalTrained:
+    worker: ModelWorker
+
+    def save_model(self, folder: Path) -> Pending[None]:
+        return Done(self.worker.save_model(folder))
+
+    def save_state(self, folder: Path) -> Pending[None]:
+        return Done(self.worker.save_state(folder))
+
+    def load_state(self, folder: Path) -> Pending[None]:
+        return Done(self.worker.load_state(folder))
+
+
+@dataclass
+class LocalPolicy(_LocalTrained):
+    """
+    Fields:
+        published: the versions, in order.
+    """
+
+    worker: PolicyWorker
+    engines: Sequence[HandFedGenerator] = ()
+    published: list[int] = field(default_factory=list)
+
+    def logprobs(self, chunks: Sequence[Pending[Rollouts]]) -> Pending[Ragged]:
+        return Done(self.worker.logprobs(*[chunk.result() for chunk in chunks]))
+
+    def train_rl(self, batch: Pending[RLBatch], step: int, kl_coef: float) -> Pending[Metrics]:
+        return Done(self.worker.train_rl(batch.result(), step, kl_coef))
+
+    def train_sft(self, batch: Pending[SFTBatch]) -> Pending[Metrics]:
+        return Done(self.worker.train_sft(batch.result()))
+
+    def evaluate_sft(self, batch: Pending[SFTBatch]) -> Pending[Metrics]:
+        return Done(self.worker.evaluate_sft(batch.result()))
+
+    def publish(self, version: int, verify: bool) -> Metrics:
+        module = self.worker.engine.module.model
+        source = ModuleWeightSource(module, torch.float32, self.worker.engine.zero_stage)
+        probe = Ragged.from_rows([np.arange(3, 20)], np.int32)
+        metrics: Metrics = {}
+        for engine in self.engines:
+            engine.load_weights(iter(source), version)
+            if verify:
+                sides = Probe(engine.token_logprobs(probe), self.worker.probe(probe))
+                metrics = compare_probe(sides, None, tolerance=1e-4).metrics()
+        self.published.append(version)
+        return metrics
+
+
+@dataclass
+class LocalCritic(_LocalTrained):
+    worker: CriticWorker
+
+    def values(self, chunks: Sequence[Pending[Rollouts]]) -> Pending[Ragged]:
+        return Done(self.worker.values(*[chunk.result() for chunk in chunks]))
+
+    def train_rl(self, batch: Pending[RLBatch], step: int) -> Pending[Metrics]:
+        return Done(self.worker.train_rl(batch.result(), step))
+
+
+@dataclass
+class LocalRewardTrainer(_LocalTrained):
+    worker: RewardTrainerWorker
+
+    def train_pairs(self, batch: Pending[PairBatch]) -> Pending[Metrics]:
+        return Done(self.worker.train_pairs(batch.result()))
+
+    def score_pairs(self, batch: Pending[PairBatch]) -> Pending[tuple[Ragged, Ragged]]:
+        return Done(self.worker.score_pairs(batch.result()))
+
+
+@dataclass
+class LocalAnnotators:
+    """Fields: num_calls: how many chunks were judged."""
+
+    worker: AnnotatorWorker
+    num_calls: int = 0
+
+    def annotate(self, rollouts: Pending[Rollouts]) -> Pending[list[JudgedPair]]:
+        self.num_calls += 1
+        return Done(self.worker.annotate(rollouts.result()))
+
+
+@dataclass
+class LocalExperience:
+    worker: ExperienceWorker
+
+    def prepare(
+        self,
+        chunks: Sequence[Pending[Rollouts]],
+        scores: Sequence[Pending[Scores]],
+        ref_logprobs: Sequence[Pending[Ragged]],
+        old_logprobs: Pending[Ragged],
+        values: Pending[Ragged],
+        step: int,
+        version: int,
+        kl_coef: float,
+    ) -> tuple[Pending[RLBatch], Pending[Metrics]]:
+        parts = [pending.result() for pending in (*chunks, *scores, *ref_logprobs)]
+        batch, metrics = self.worker.prepare(
+            step, version, kl_coef, old_logprobs.result(), values.result(), *parts
+        )
+        return Done(batch), Done(metrics)
+
+    def evaluate(
+        self,
+        chunks: Sequence[Pending[Rollouts]],
+        scores: Sequence[Pending[Scores]],
+        ref_logprobs: Sequence[Pending[Ragged]],
+        logprobs: Pending[Ragged],
+    ) -> Pending[list[EvalRecord]]:
+        parts = [pending.result() for pending in (*chunks, *scores, *ref_logprobs)]
+        return Done(self.worker.evaluate(logprobs.result(), *parts))
+
+    def state_dict(self) -> Pending[dict[str, float]]:
+        return Done(self.worker.state_dict())
+
+    def load_state_dict(self, state: dict[str, float]) -> Pending[None]:
+        return Done(self.worker.load_state_dict(state))
+
+
+def online_roles(
+    section: OnlineSection,
+    model: ModelSection,
+    rollouts_folder: Path,
+    rewards: Sequence[tuple[Reward, ModelSection | None]],
+    training: TrainingSection = EXACT,
+    num_engines: int = 1,
+) -> OnlineRoles:
+    """All roles of the online stage, started from one model; the critic gets a new head."""
+    steps = section.num_steps * section.num_ppo_epochs * section.num_mini_batches
+    engines = [HandFedGenerator(Path(model.path)) for _ in range(num_engines)]
+    policy = PolicyWorker(model, worker_spec(training, section.optimizer, total_steps=steps), section)
+    critic = CriticWorker(model, worker_spec(training, section.critic_optimizer, total_steps=steps), section)
+    return OnlineRoles(
+        generator=LocalGenerator(engines),
+        scorer=LocalScorer(RewardWorker(model, rewards, training, CPU, threads=1)),
+        reference=LocalReference(ReferenceWorker(model, training, CPU, threads=1)),
+        policy=LocalPolicy(policy, engines),
+        critic=LocalCritic(critic),
+        experience=LocalExperience(ExperienceWorker(section, model, rollouts_folder)),
+    )
+
+
+def annotators(
+    model: ModelSection, sections: Sequence[SimulatedAnnotator], pairs_per_prompt: int, seed: int = 0
+) -> LocalAnnotators:
+    return LocalAnnotators(AnnotatorWorker(sections, model, pairs_per_prompt, seed))
