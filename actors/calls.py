@@ -15,14 +15,14 @@ from rlhf_ray.errors import RlhfRayError, WorkerError
 T = TypeVar("T")
 
 DEATH_NOTICE = 5.0
-"""Seconds within which Ray notices that a process died. Its peers in a collective notice at once, and fail first."""
+"""Seconds within which Ray notices that a process died. Its peers in a collective fail at once."""
 
 
 class OpenCalls:
     """Calls whose end nobody has seen yet, in the order in which they were made.
 
-    Whoever waits for one of them watches all: it may wait for the others, as its arguments or because the roles take
-    turns, and when one of them fails, that is the reason, and it is known at once.
+    Whoever waits for one of them watches all: it may wait for the others, as its arguments or because the
+    roles take turns, and when one of them fails, that is the reason, and it is known at once.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,9 @@ class OpenCalls:
         deadline = time.monotonic() + timeout
         while any(ref in self._names for ref in mine):
             # The first in the order of the list: what failed stands before what failed because of it.
-            ready, _ = ray.wait(list(self._names), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            ready, _ = ray.wait(
+                list(self._names), num_returns=1, timeout=max(0.0, deadline - time.monotonic())
+            )
             if not ready:
                 raise WorkerError(f"no answer within {timeout:g} s from {self._unanswered(mine)}")
             self._settle(ready[0])
@@ -63,7 +65,7 @@ class OpenCalls:
         raise failure
 
     def _death(self) -> RlhfRayError | None:
-        """The death of another process, of which a failure that is not one of ours is often but the consequence."""
+        """The death of another process, of which a failure that nobody foresaw may be but the consequence."""
         deadline = time.monotonic() + DEATH_NOTICE
         waiting = list(self._names)
         while waiting:
@@ -81,7 +83,7 @@ class OpenCalls:
 
 
 def _failure(ref: ray.ObjectRef, name: str) -> RlhfRayError | None:
-    """How a call that has ended failed, if it did: in this project's own types, with Ray's account as the cause."""
+    """How a call that has ended failed, if it did: in this project's types, Ray's account being the cause."""
     try:
         ray.get(ref)
         return None
@@ -105,7 +107,8 @@ class Remote(Generic[T]):
     """A `Pending` whose value is made by an actor.
 
     Fields:
-        value: what is wanted. done: of every call that has to succeed before the value counts (all ranks of a group).
+        value: what is wanted.
+        done: of every call that has to succeed before the value counts (all ranks of a group).
         calls: where those are listed. timeout: seconds.
     """
 
@@ -116,4 +119,4 @@ class Remote(Generic[T]):
 
     def result(self) -> T:
         self.calls.wait(self.done, self.timeout)
-        return ray.get(self.value)  # type: ignore[no-any-return]
+        return ray.get(self.value)

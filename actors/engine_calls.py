@@ -1,8 +1,9 @@
-"""The control plane of one engine actor, for the trainer's sender (see `rlhf_ray.weights.sync.EngineCalls`)."""
+"""The control plane of one engine actor, for the trainer's sender: `rlhf_ray.weights.sync.EngineCalls`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 from ray.actor import ActorHandle
 
@@ -30,7 +31,8 @@ class RemoteEngineCalls:
         return self._call("finish_weight_update", weight_version)
 
     def _call(self, method: str, *args: object) -> Remote[None]:
-        value, done = self.handle.call.options(num_returns=2).remote(method, 0, *args)
+        handle = cast(Any, self.handle)  # Ray gives the methods of a handle no types
+        value, done = handle.call.options(num_returns=2).remote(method, 0, *args)
         # Listed by itself: the sender waits for all engines, and only then says which have failed.
         calls = OpenCalls()
         calls.add(f"{self.name}.{method}", done)

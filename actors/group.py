@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import ray
 from ray.actor import ActorHandle
@@ -15,7 +16,7 @@ from rlhf_ray.types import Metrics
 
 @dataclass(frozen=True)
 class Timeline:
-    """All calls of a stage: which are still open, and when those that have ended ran, by their machines' clocks.
+    """All calls of a stage: which are open, and when those that ended ran, by the clocks of their machines.
 
     Fields:
         calls: (kind, done) of calls whose time is booked and not yet taken.
@@ -53,8 +54,8 @@ def union_seconds(spans: Sequence[tuple[float, float]]) -> float:
 class Turns:
     """Makes roles that share the same cores take turns: each call starts when the call before it has ended.
 
-    More threads than cores is ruinous, and one role with all cores is as fast as several with a share each. Where
-    every role has its own devices, `enabled` is False and calls run as soon as their inputs are there.
+    More threads than cores is ruinous, and one role with all cores is as fast as several with a share each.
+    Where every role has its own devices, `enabled` is False and calls run as soon as their inputs are there.
     """
 
     enabled: bool
@@ -76,14 +77,26 @@ class ActorGroup:
         self.turns = turns
         self.timeline = timeline
         self.timeout = timeout
+        self._built: Remote[None] | None = None
 
     def __len__(self) -> int:
         return len(self.handles)
 
     def build(self, factory: str, kwargs: Sequence[dict[str, object]], timeout: float) -> None:
-        """Build the worker in every actor, at the same time (ranks rendezvous). kwargs: by rank."""
+        """Start to build the worker in every actor at the same time, as ranks rendezvous; later calls queue up.
+
+        Args:
+            kwargs: of the worker, by rank.
+            timeout: seconds that `wait_until_built` waits.
+        """
         refs = [handle.build.remote(factory, k) for handle, k in zip(self.handles, kwargs, strict=True)]
-        self._wait("build", refs, timeout)
+        self._opened("build", refs)
+        self._built = Remote(refs[0], tuple(refs), self.timeline.open, timeout)
+
+    def wait_until_built(self) -> None:
+        """Raises: what a worker's constructor raised; `WorkerError` after the deadline."""
+        assert self._built is not None, "build first"
+        self._built.result()
 
     def call(self, method: str, *args: object, kind: str | None = None) -> Remote[object]:
         """Call a method on all ranks; the value is rank 0's, and counts only if every rank succeeds.
@@ -97,7 +110,9 @@ class ActorGroup:
         done = self._end_turn(method, returns, kind)
         return self._remote(returns[0][0], done)
 
-    def call_pair(self, method: str, *args: object, kind: str | None = None) -> tuple[Remote[object], Remote[object]]:
+    def call_pair(
+        self, method: str, *args: object, kind: str | None = None
+    ) -> tuple[Remote[object], Remote[object]]:
         """Call a method that returns two values on a group of one."""
         first, second, end = self._submit(0, "call_pair", 3, method, args)
         done = self._end_turn(method, [[end]], kind)
@@ -116,16 +131,15 @@ class ActorGroup:
     ) -> list[ray.ObjectRef]:
         after = self.turns.last if self.turns.enabled else ()
         remote = getattr(self.handles[rank], entry).options(num_returns=num_returns)
-        return remote.remote(method, len(after), *after, *map(_unwrap_argument, args))  # type: ignore[no-any-return]
+        return remote.remote(method, len(after), *after, *map(_unwrap_argument, args))
 
     def _end_turn(
         self, method: str, returns: Sequence[Sequence[ray.ObjectRef]], kind: str | None
     ) -> tuple[ray.ObjectRef, ...]:
-        """The turn's calls are made. returns: of each rank's call, the last being its span; those are returned."""
+        """Note the calls of a turn. returns: of each rank's call; the last of them, its span, is returned."""
         done = tuple(refs[-1] for refs in returns)
         self.turns.last = done
-        for rank, ref in enumerate(done):
-            self.timeline.open.add(self._call_name(rank, method), ref)
+        self._opened(method, done)
         if kind is not None:
             self.timeline.calls.extend((kind, ref) for ref in done)
         return done
@@ -133,25 +147,26 @@ class ActorGroup:
     def _remote(self, value: ray.ObjectRef, done: tuple[ray.ObjectRef, ...]) -> Remote[object]:
         return Remote(value, done, self.timeline.open, self.timeout)
 
-    def _call_name(self, rank: int, method: str) -> str:
-        return f"{self.name}.{method}" if len(self) == 1 else f"{self.name}[{rank}].{method}"
+    def _opened(self, method: str, done: Sequence[ray.ObjectRef]) -> None:
+        """List calls of the first ranks as open."""
+        for rank, ref in enumerate(done):
+            name = self.name if len(self) == 1 else f"{self.name}[{rank}]"
+            self.timeline.open.add(f"{name}.{method}", ref)
 
-    def _wait(self, method: str, refs: Sequence[ray.ObjectRef], timeout: float) -> None:
-        for rank, ref in enumerate(refs):
-            self.timeline.open.add(self._call_name(rank, method), ref)
-        self.timeline.open.wait(refs, timeout)
+    def _ask(self, method: str, handles: Sequence[ActorHandle]) -> list[object]:
+        """What the hosts of the first ranks say."""
+        refs = [getattr(handle, method).remote() for handle in handles]
+        self._opened(method, refs)
+        self.timeline.open.wait(refs, self.timeout)
+        return ray.get(refs)
 
     def address(self) -> str:
         """host:port, free now, on the machine of rank 0."""
-        ref = self.handles[0].address.remote()
-        self._wait("address", [ref], self.timeout)
-        return ray.get(ref)  # type: ignore[no-any-return]
+        return str(self._ask("address", self.handles[:1])[0])
 
     def gpus(self) -> list[str]:
         """The GPUs of all actors, by names that are unique in the cluster."""
-        refs = [handle.gpus.remote() for handle in self.handles]
-        self._wait("gpus", refs, self.timeout)
-        return [gpu for ref in refs for gpu in ray.get(ref)]
+        return [str(gpu) for gpus in self._ask("gpus", self.handles) for gpu in cast(list[str], gpus)]
 
     def begin_close(self) -> list[ray.ObjectRef]:
         """Ask the workers to leave their process groups."""

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import ray
 
@@ -22,8 +23,8 @@ Span = tuple[float, float]
 class Host:
     """One process of a role.
 
-    The worker is built by `build` and not by the constructor, so that a mistake in it is an answer with its own type
-    (a `ModelError`, say) and not an actor that died.
+    The worker is built by `build` and not by the constructor, so that a mistake in it is an answer with its
+    own type (a `ModelError`, say) and not an actor that died.
 
     Args:
         name: role and rank, for messages.
@@ -55,7 +56,8 @@ class Host:
 
     def call_pair(self, method: str, num_after: int, *args: object) -> tuple[object, object, Span]:
         """As `call`, for a method that returns two values that travel apart."""
-        (first, second), span = self.call(method, num_after, *args)  # type: ignore[misc]
+        value, span = self.call(method, num_after, *args)
+        first, second = cast("tuple[object, object]", value)
         return first, second, span
 
     def address(self) -> str:
@@ -78,7 +80,7 @@ class Host:
 
 @contextmanager
 def _failure_logged() -> Iterator[None]:
-    """The traceback goes to this process's log too: the caller may be another actor, which tells only the message."""
+    """The traceback goes to this process's log too: a caller in another actor passes on the message alone."""
     try:
         yield
     except Exception:
@@ -87,8 +89,8 @@ def _failure_logged() -> Iterator[None]:
 
 
 def _redirect_output(path: Path) -> None:
-    """Send stdout and stderr of this process and its children to a file; where the folder is not there (another
-    machine without the shared folder), they stay with Ray's own logs."""
+    """Send stdout and stderr of this process and its children to a file; where the folder is not there
+    (another machine without the shared folder), they stay with Ray's own logs."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -1,6 +1,6 @@
 """From a configuration to running roles: the command line, clusters, placement, stages.
 
-`run(config)` is the command `rlhf-ray train` for Python: the same run, with the metrics coming back as objects.
+`run(config)` is `rlhf-ray train` for Python: the same run, with the metrics coming back as objects.
 """
 
 __all__ = ["run"]

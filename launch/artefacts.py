@@ -14,7 +14,8 @@ from rlhf_ray.reporting.run_folder import RunFolder
 class Artefacts:
     """
     Fields:
-        policy: the newest language model. reward_model, preferences: what this pipeline made so far, if it did.
+        policy: the newest language model.
+        reward_model, preferences: what this pipeline made so far, if it did.
     """
 
     policy: ModelSection

@@ -1,5 +1,5 @@
-"""How much main memory an actor of each role takes, from the size of its model. Estimates: they decide whether a
-placement is refused before anything starts, so they lean to the high side by little."""
+"""How much main memory an actor of each role takes, from the size of its model. Estimates: they decide
+whether a placement is refused before anything starts, so they lean to the high side by little."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def num_parameters(model: ModelSection) -> int:
 def trained_memory(parameters: int, training: TrainingSection, ranks: int) -> int:
     """Bytes a rank: float32 weights and gradients, two Adam moments, activations of a micro-batch.
 
-    ZeRO divides over ranks: from stage 1 the moments (and DeepSpeed's flat copy of the weights), from stage 2 the
-    gradients, at stage 3 the weights.
+    ZeRO divides over ranks: from stage 1 the moments (and DeepSpeed's flat copy of the weights), from stage 2
+    the gradients, at stage 3 the weights.
     """
     stage = training.zero_stage
     weights = 4 * parameters / (ranks if stage == 3 else 1)

@@ -95,7 +95,7 @@ def _is_done(folder: RunFolder) -> bool:
 
 @contextmanager
 def _interrupts(progress: Progress) -> Iterator[Event]:
-    """The first Ctrl-C sets the event, and the loop saves after the step it is in; the second stops at once."""
+    """The first Ctrl-C sets the event, and the loop saves after its step; the second stops at once."""
     event = Event()
 
     def on_signal(*_: object) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import ray
 from ray.actor import ActorHandle
@@ -23,7 +24,10 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class RoleDemand:
-    """What one role asks for. memory: bytes an actor; gpus_per_actor: devices of an actor where there are GPUs."""
+    """What one role asks for.
+
+    Fields: memory: bytes an actor. gpus_per_actor: devices of an actor, where there are any.
+    """
 
     name: str
     section: RoleSection
@@ -55,8 +59,8 @@ class Capacity:
 
 
 def resolve_shares(demands: Sequence[RoleDemand], capacity: Capacity) -> dict[str, RoleShare]:
-    """Fill in every `auto`: an equal share of the CPUs; a GPU an actor, or an equal share of too few; and as many
-    threads as the role's actors have cores to themselves while it works."""
+    """Fill in every `auto`: an equal share of the CPUs; a GPU an actor, or an equal share of too few; and as
+    many threads as the role's actors have cores to themselves while it works."""
     num_actors = sum(demand.section.count for demand in demands)
     shares = {}
     for demand in demands:
@@ -66,7 +70,9 @@ def resolve_shares(demands: Sequence[RoleDemand], capacity: Capacity) -> dict[st
             wanted = demand.gpus_per_actor
             gpus = _share(capacity.gpus, num_actors, at_most=wanted) if capacity.gpus else 0.0
         cpus = _share(capacity.cpus, num_actors, at_most=1.0) if section.cpus == "auto" else section.cpus
-        threads = max(1, int(capacity.cpus) // section.count) if section.threads == "auto" else section.threads
+        threads = (
+            max(1, int(capacity.cpus) // section.count) if section.threads == "auto" else section.threads
+        )
         if section.threads == "auto" and gpus:
             threads = 1
         shares[demand.name] = RoleShare(cpus, gpus, threads)
@@ -79,7 +85,7 @@ def _share(total: float, parts: int, at_most: float) -> float:
 
 
 def take_turns(demands: Sequence[RoleDemand], shares: Mapping[str, RoleShare], capacity: Capacity) -> bool:
-    """Whether the roles have more threads, or need more GPUs, than there are, so that they must work in turn."""
+    """Whether the roles have more threads, or want more GPUs, than there are, and must work in turn."""
     threads = sum(demand.section.count * shares[demand.name].threads for demand in demands)
     gpus_shared = any(0 < shares[demand.name].gpus < 1 for demand in demands)
     return gpus_shared or (threads > capacity.cpus and not any(share.gpus for share in shares.values()))
@@ -114,7 +120,7 @@ class Placement:
         return {name: amount for name, amount in wanted.items() if amount}
 
     def _reserve(self, bundles: list[dict[str, float]], capacity: Capacity) -> PlacementGroup:
-        """Wait for the bundles; on this machine alone nothing can arrive later, so too little is said at once."""
+        """Wait for the bundles; on this machine alone nothing can arrive later: too little is said at once."""
         missing = self._missing(bundles, capacity)
         if missing and self.cluster.address is None:
             raise ResourceError(self._explain(missing, capacity))
@@ -122,7 +128,9 @@ class Placement:
         if not group.wait(timeout_seconds=self.cluster.start_timeout):
             remove_placement_group(group)
             waited = f"after {self.cluster.start_timeout} s: "
-            in_use = missing or "the resources exist but are in use, or no single node has enough for an actor"
+            in_use = (
+                missing or "the resources exist but are in use, or no single node has enough for an actor"
+            )
             raise ResourceError(waited + self._explain(in_use, Capacity.of_cluster()))
         return group
 
@@ -148,21 +156,23 @@ class Placement:
             for name, amount in (("CPU", capacity.cpus), ("GPU", capacity.gpus), ("memory", capacity.memory))
         )
         return (
-            f"placement: asks for {asked}. The cluster has {have}. Missing: {missing}. Lower placement.<role>.count, "
-            "cpus or gpus, use a smaller model, or give the cluster more"
+            f"placement: asks for {asked}. The cluster has {have}. Missing: {missing}. Lower "
+            "placement.<role>.count, cpus or gpus, use a smaller model, or give the cluster more"
         )
 
     def start(self, name: str) -> ActorGroup:
         """Start the actors of a role; their workers are built by `ActorGroup.build`."""
         share, demand = self.shares[name], self.demands[name]
         handles = [
-            self._start_host(f"{name}-{rank}" if demand.section.count > 1 else name, share, self._first_bundle[name] + rank)
+            self._start_host(
+                f"{name}-{rank}" if demand.section.count > 1 else name, share, self._first_bundle[name] + rank
+            )
             for rank in range(demand.section.count)
         ]
         return self._grouped(name, handles)
 
     def start_helper(self, name: str) -> ActorGroup:
-        """Start an actor that needs no share of its own: it works little, and while the others wait for it."""
+        """Start an actor that needs no share of its own: it works little, and while the others wait."""
         return self._grouped(name, [self._start_host(name, RoleShare(0, 0, 1), None)])
 
     def _grouped(self, name: str, handles: list[ActorHandle]) -> ActorGroup:
@@ -171,23 +181,25 @@ class Placement:
         return group
 
     def _start_host(self, name: str, share: RoleShare, bundle: int | None) -> ActorHandle:
-        strategy = "DEFAULT"
+        strategy: PlacementGroupSchedulingStrategy | str = "DEFAULT"
         if bundle is not None:
             strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         log = self.folder.logs.resolve() / f"{name}.log"
-        return (
-            ray.remote(Host)
-            .options(
-                num_cpus=share.cpus,
-                num_gpus=share.gpus,
-                scheduling_strategy=strategy,
-                runtime_env={"env_vars": _environment(share.threads)},
-            )
-            .remote(name, str(log))
+        host = ray.remote(Host).options(
+            num_cpus=share.cpus,
+            num_gpus=share.gpus,
+            scheduling_strategy=strategy,
+            runtime_env={"env_vars": _environment(share.threads)},
         )
+        return cast(ActorHandle, host.remote(name, str(log)))
+
+    def wait_until_built(self) -> None:
+        """Wait for all workers together: what takes long in building them is importing and loading."""
+        for group in self._groups:
+            group.wait_until_built()
 
     def release(self, timeout: float = 20.0) -> None:
-        """End all actors and give the resources back; those that hang are not waited for longer than `timeout`."""
+        """End all actors and give the resources back. Args: timeout: seconds for those that hang."""
         closing = [ref for group in self._groups for ref in group.begin_close()]
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=timeout)

@@ -1,12 +1,15 @@
-"""Small stand-ins for what surrounds the code under test: reward functions, and an engine that is fed by hand."""
+"""Small stand-ins for what surrounds the code under test: a person, an engine fed by hand, reward functions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rlhf_ray.config.schema import EngineSection
+from rlhf_ray.engines.generation import UNKNOWN_VERSION
 from rlhf_ray.engines.hf_generator import HFGenerator
-from rlhf_ray.types import Message
+from rlhf_ray.reporting.progress import QuietProgress
+from rlhf_ray.types import Message, Metrics
 from rlhf_ray.weights.broadcast import NamedTensors
 
 Prompts = list[list[Message]]
@@ -15,14 +18,34 @@ Prompts = list[list[Message]]
 class HandFedGenerator(HFGenerator):
     """The transformers engine, in the process of the trainer, with weights copied instead of sent."""
 
-    def __init__(self, folder: Path, max_model_len: int = 200) -> None:
+    def __init__(self, folder: Path, version: int = UNKNOWN_VERSION) -> None:
         section = EngineSection(backend="transformers", dtype="float32", max_num_seqs=32)
-        super().__init__(str(folder), section, max_model_len, threads=1)
+        super().__init__(str(folder), section, max_model_len=200, threads=1, version=version)
 
     def load_weights(self, weights: NamedTensors, version: int) -> None:
         self.start_weight_update()
         self._load(weights)
         self.finish_weight_update(str(version))
+
+
+class Watcher(QuietProgress):
+    """A person who watches a run, and does something after a number of steps."""
+
+    def __init__(self, after: int, action: Callable[[], object]) -> None:
+        self.after = after
+        self.action = action
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        if step == self.after:
+            self.action()
+
+
+class PowerCut(Exception):
+    """What a run does not expect."""
+
+
+def cut_power() -> None:
+    raise PowerCut
 
 
 def num_characters(prompts: Prompts, completions: list[str], **columns: object) -> list[float]:

@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 import torch.multiprocessing
 
 from rlhf_ray.config.schema import (
+    LoggingSection,
     ModelSection,
     OnlineSection,
     OptimizerSection,
@@ -26,8 +28,13 @@ from rlhf_ray.config.schema import (
     TrainingSection,
 )
 from rlhf_ray.engines.deepspeed_engine import World
+from rlhf_ray.loops.checkpoints import Checkpoints
 from rlhf_ray.loops.online import OnlineRoles
+from rlhf_ray.loops.stage_run import StageRun
 from rlhf_ray.reporting.evaluation import EvalRecord
+from rlhf_ray.reporting.metrics_log import MetricsLog, MetricsRow, read_metrics
+from rlhf_ray.reporting.progress import Progress, QuietProgress
+from rlhf_ray.reporting.run_folder import RunFolder
 from rlhf_ray.roles import Done, Pending
 from rlhf_ray.types import (
     Metrics,
@@ -54,6 +61,7 @@ from tests.fakes import HandFedGenerator
 T = TypeVar("T")
 CPU = torch.device("cpu")
 EXACT = TrainingSection(precision="float32", zero_stage=0)
+SPEEDS = ("perf/tokens_per_second",)
 
 
 @functools.cache
@@ -93,9 +101,86 @@ def _rank(
     (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(result))
 
 
+def online_section(**options: object) -> OnlineSection:
+    """A small one; `options` replace its entries."""
+    return OnlineSection.model_validate(
+        {
+            "dataset": {"path": "prompts.jsonl"},
+            "rewards": [{"type": "function", "name": "vowels", "function": "tests.fakes:num_vowels"}],
+            "num_steps": 4,
+            "prompts_per_step": 2,
+            "num_generations": 2,
+            "max_completion_length": 8,
+            "critic_init": "policy",
+            "optimizer": {"learning_rate": 1e-3},
+            "critic_optimizer": {"learning_rate": 1e-3},
+            **options,
+        }
+    )
+
+
+def rollouts_of(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    finished: Sequence[bool] | None = None,
+    prompt_ids: Sequence[int] | None = None,
+    version: int = 0,
+    columns: Sequence[dict[str, object]] | None = None,
+) -> Rollouts:
+    """Rollouts of given tokens; the sampler's log-probs are -1 everywhere."""
+    answers = Ragged.from_rows(responses, np.int32)
+    count = len(responses)
+    return Rollouts(
+        prompt_ids=np.asarray(range(count) if prompt_ids is None else prompt_ids, dtype=np.int64),
+        sample_ids=np.arange(count, dtype=np.int64),
+        prompts=Ragged.from_rows(prompts, np.int32),
+        responses=answers,
+        logprobs=answers.with_values(np.full(len(answers.values), -1.0, dtype=np.float32)),
+        versions=answers.with_values(np.full(len(answers.values), version, dtype=np.int32)),
+        finished=np.asarray([True] * count if finished is None else finished, dtype=np.bool_),
+        columns=tuple(columns or [{} for _ in range(count)]),
+        messages=tuple(({"role": "user", "content": f"question {row}"},) for row in range(count)),
+    )
+
+
+def random_rollouts(lengths: Sequence[tuple[int, int]], seed: int = 0) -> Rollouts:
+    """Of (prompt, response) lengths; every response ends in EOS, which is also the pad token."""
+    generator = np.random.default_rng(seed)
+    return rollouts_of(
+        [generator.integers(3, 290, prompt) for prompt, _ in lengths],
+        [np.append(generator.integers(3, 290, response - 1), 2) for _, response in lengths],
+    )
+
+
 def weights_of(worker: ModelWorker) -> dict[str, np.ndarray]:
     """Name -> whole parameter (on rank 0; all ranks have to call)."""
     return {name: tensor.numpy().copy() for name, tensor in worker.engine.full_state_dict().items()}
+
+
+def stage_run(
+    folder: Path, progress: Progress | None = None, every: int | None = None, interrupt: Event | None = None
+) -> StageRun:
+    """A stage in `folder`, with a checkpoint every so many steps."""
+    run_folder = RunFolder(folder)
+    return StageRun(
+        name="stage",
+        folder=run_folder,
+        seed=11,
+        checkpoints=Checkpoints(folder / "checkpoints", every, keep_last=1),
+        progress=progress or QuietProgress(),
+        open_log=lambda start: MetricsLog(
+            run_folder, "stage", LoggingSection(), config={}, resume_step=start
+        ),
+        interrupt=interrupt or Event(),
+    )
+
+
+def logged(folder: Path) -> list[MetricsRow]:
+    """The rows of the metrics log without what depends on the clock."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith("time") and name not in SPEEDS}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 @dataclass

@@ -50,7 +50,9 @@ class StageContext:
 
     # Models
 
-    def model(self, role: str, section: ModelSection | None, default: ModelSection | None = None) -> ModelSection:
+    def model(
+        self, role: str, section: ModelSection | None, default: ModelSection | None = None
+    ) -> ModelSection:
         """The model that the section names, or else the newest one of the pipeline; noted as a parent."""
         chosen = section or default or self.artefacts.policy
         self.parents[role] = chosen.path
@@ -99,21 +101,21 @@ class StageContext:
     def build_trained(
         self,
         placement: Placement,
-        role: str,
+        group: ActorGroup,
         factory: str,
         optimizer: OptimizerSection,
         num_steps: int,
         **options: object,
-    ) -> ActorGroup:
-        """Start and build the ranks of a trained model.
+    ) -> None:
+        """Begin to build the ranks of a trained model; see `Placement.wait_until_built`.
 
         Args:
+            group: of a role of the placement, started.
             factory: `module:Class` in `rlhf_ray.workers`.
             num_steps: optimizer steps of the whole stage.
             options: further arguments of the worker.
         """
-        group = placement.start(role)
-        share = placement.shares[role]
+        share = placement.shares[group.name]
         master = group.address()
         specs = [
             WorkerSpec(
@@ -127,7 +129,6 @@ class StageContext:
         ]
         arguments = [{"spec": spec, **options} for spec in specs]
         group.build(f"rlhf_ray.workers.{factory}", arguments, self.config.cluster.start_timeout)
-        return group
 
     @staticmethod
     def device(placement: Placement, role: str) -> torch.device:

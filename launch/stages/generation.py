@@ -10,8 +10,10 @@ from rlhf_ray.config.schema import DatasetSection, ModelSection
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.encoding import encode_prompts
 from rlhf_ray.data.formats import prompt_examples
+from rlhf_ray.engines.generation import UNKNOWN_VERSION
 from rlhf_ray.seeds import derive_seed
 from rlhf_ray.types import Prompts
+from rlhf_ray.weights.sync import Backend
 
 _FACTORIES = {
     "vllm": "rlhf_ray.engines.vllm_generator:VLLMGenerator",
@@ -33,21 +35,30 @@ def build_engines(
     group: ActorGroup,
     model: ModelSection,
     max_model_len: int,
-    **options: object,
+    *,
+    version: int = UNKNOWN_VERSION,
+    weight_backend: Backend = "gloo",
 ) -> None:
-    """Args: options: further arguments of the generator (`version`, `weight_backend`)."""
+    """Begin to build the engines; see `Placement.wait_until_built`.
+
+    Args:
+        version: of the weights in the model's folder; unknown where the trainer will publish others.
+        weight_backend: how it will send them.
+    """
     engine = context.config.engine
-    arguments = [
+    arguments: list[dict[str, object]] = [
         {
             "model_folder": model.path,
             "section": engine,
             "max_model_len": max_model_len,
             "threads": placement.shares["engine"].threads,
-            "seed": derive_seed(context.config.seed, rank),
-            **options,
+            "version": version,
         }
-        for rank in range(len(group))
+        for _ in range(len(group))
     ]
+    if engine.backend == "vllm":
+        for rank, own in enumerate(arguments):
+            own |= {"seed": derive_seed(context.config.seed, rank), "weight_backend": weight_backend}
     group.build(_FACTORIES[engine.backend], arguments, context.config.cluster.start_timeout)
 
 

@@ -46,9 +46,7 @@ def run_online(context: StageContext) -> Metrics:
     return run.last_metrics
 
 
-def _reward_models(
-    context: StageContext, section: OnlineSection
-) -> list[tuple[Reward, ModelSection | None]]:
+def _reward_models(context: StageContext, section: OnlineSection) -> list[tuple[Reward, ModelSection | None]]:
     """Each reward source, with the model of those that are one."""
     found: list[tuple[Reward, ModelSection | None]] = []
     for reward in section.rewards:
@@ -57,7 +55,9 @@ def _reward_models(
             continue
         named = ModelSection(path=reward.path) if reward.path else context.artefacts.reward_model
         if named is None:
-            raise ConfigError(f"online.rewards: '{reward.name}' names no path, and no reward stage came before")
+            raise ConfigError(
+                f"online.rewards: '{reward.name}' names no path, and no reward stage came before"
+            )
         found.append((reward, context.model(f"reward:{reward.name}", named)))
     return found
 

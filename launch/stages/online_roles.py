@@ -71,38 +71,54 @@ class OnlineBuilder:
         """Start every role; the slow ones (importing, loading) start side by side."""
         context = self.context
         policy, backend, engines = self._policy_and_engines()
-        critic = self._trained("critic", "scalar:CriticWorker", self.section.critic_optimizer, self._critic_start())
+        critic = self.placement.start("critic")
+        self._trained(critic, "scalar:CriticWorker", self.section.critic_optimizer, self._critic_start())
         generator = RemoteGenerator(engines)
         roles = OnlineRoles(
             generator=generator,
-            scorer=RemoteScorer(self._frozen("reward", policy=self.models.policy, sources=self.models.rewards)),
+            scorer=RemoteScorer(
+                self._frozen("reward", policy=self.models.policy, sources=self.models.rewards)
+            ),
             reference=RemoteReference(self._frozen("reference", model=self.models.reference)),
             policy=RemotePolicy(policy, context.config.sync, generator, _probe(prompts)),
             critic=RemoteCritic(critic),
             experience=RemoteExperience(self._experience()),
         )
+        self.placement.wait_until_built()
         self._connect(policy, engines, backend)
         return roles
 
     def _policy_and_engines(self) -> tuple[ActorGroup, Backend, ActorGroup]:
-        dtype = torch.bfloat16 if self.context.config.engine.dtype == "bfloat16" else torch.float32
-        policy = self._trained(
-            "policy", "policy:PolicyWorker", self.section.optimizer, self.models.policy, wire_dtype=dtype
-        )
+        config = self.context.config
+        dtype = torch.bfloat16 if config.engine.dtype == "bfloat16" else torch.float32
         engines = self.placement.start("engine")
-        backend = choose_backend(policy.gpus(), engines.gpus())
+        policy = self.placement.start("policy")
+        backend: Backend = "gloo"  # transformers receives over gloo, whatever device it is on
+        if config.engine.backend == "vllm":
+            backend = choose_backend(policy.gpus(), engines.gpus())
         max_model_len = self.section.max_prompt_length + self.section.max_completion_length
         build_engines(
             self.context, self.placement, engines, self.models.policy, max_model_len, weight_backend=backend
         )
+        if backend == "ipc":
+            # vLLM measures how much of the GPU is free; nobody else may be loading there meanwhile.
+            engines.wait_until_built()
+        self._trained(
+            policy, "policy:PolicyWorker", self.section.optimizer, self.models.policy, wire_dtype=dtype
+        )
         return policy, backend, engines
 
     def _trained(
-        self, role: str, factory: str, optimizer: OptimizerSection, model: ModelSection, **options: object
-    ) -> ActorGroup:
+        self,
+        group: ActorGroup,
+        factory: str,
+        optimizer: OptimizerSection,
+        model: ModelSection,
+        **options: object,
+    ) -> None:
         steps = self.section.num_steps * self.section.num_ppo_epochs * self.section.num_mini_batches
-        return self.context.build_trained(
-            self.placement, role, factory, optimizer, steps, model=model, online=self.section, **options
+        self.context.build_trained(
+            self.placement, group, factory, optimizer, steps, model=model, online=self.section, **options
         )
 
     def _critic_start(self) -> ModelSection:

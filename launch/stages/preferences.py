@@ -59,6 +59,7 @@ def _generate(
         annotators.build(
             "rlhf_ray.workers.annotator:AnnotatorWorker", [arguments], context.config.cluster.start_timeout
         )
+        placement.wait_until_built()
         loop = PreferencesLoop(
             section=section,
             generator=RemoteGenerator(engines),

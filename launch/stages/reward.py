@@ -23,7 +23,9 @@ def run_reward(context: StageContext) -> Metrics:
     assert section is not None
     dataset = section.dataset or context.artefacts.preferences
     if dataset is None:
-        raise ConfigError("reward.dataset: missing, and no preferences stage came before; name a dataset of pairs")
+        raise ConfigError(
+            "reward.dataset: missing, and no preferences stage came before; name a dataset of pairs"
+        )
     model = context.model("model", section.model)
     examples = context.examples(dataset, preference_examples)
     train, held_out = _split(context, section, examples, context.formatter(model))
@@ -31,15 +33,17 @@ def run_reward(context: StageContext) -> Metrics:
     # The model in training has the placement of the policy: `placement.reward` is for the frozen one.
     demand = context.demand_trained("policy", model)
     with context.placement([demand]) as placement, context.stage_run(placement) as run:
-        group = context.build_trained(
+        group = placement.start("policy")
+        context.build_trained(
             placement,
-            "policy",
+            group,
             "scalar:RewardTrainerWorker",
             section.optimizer,
             steps,
             model=model,
             section=section,
         )
+        placement.wait_until_built()
         trainer = RemoteRewardTrainer(group)
         loop = SupervisedLoop(
             rows=train,

@@ -27,9 +27,9 @@ def run_sft(context: StageContext) -> Metrics:
         context.placement([context.demand_trained("policy", model)]) as placement,
         context.stage_run(placement) as run,
     ):
-        group = context.build_trained(
-            placement, "policy", "policy:PolicyWorker", section.optimizer, steps, model=model
-        )
+        group = placement.start("policy")
+        context.build_trained(placement, group, "policy:PolicyWorker", section.optimizer, steps, model=model)
+        placement.wait_until_built()
         policy = RemotePolicy(group, context.config.sync)
 
         def evaluate() -> Metrics:

@@ -7,12 +7,14 @@ summed over ranks.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TypeVar
 
 import numpy as np
@@ -25,6 +27,7 @@ from rlhf_ray.config.schema import OptimizerSection, TrainingSection
 from rlhf_ray.errors import CheckpointError
 
 T = TypeVar("T")
+LAYOUT_FILE = "layout.json"
 
 
 @dataclass(frozen=True)
@@ -202,19 +205,32 @@ class TrainEngine:
             str(folder), tag="state", save_latest=False, client_state={"rng": _rng_state()}
         )
 
+        if self.world.rank == 0:
+            (folder / LAYOUT_FILE).write_text(json.dumps(self._layout))
+
+    @property
+    def _layout(self) -> dict[str, int]:
+        """What has to be equal for a state to be loaded: each rank reads its own part of the optimizer."""
+        return {"ranks": self.world.size, "zero_stage": self.zero_stage}
+
     def load_state(self, folder: Path) -> None:
         """
         Raises:
             CheckpointError: the folder does not hold a state of this world size and ZeRO stage.
         """
-        try:
-            loaded, client = self.engine.load_checkpoint(str(folder), tag="state")
-        except (FileNotFoundError, RuntimeError, AssertionError, KeyError) as error:
-            raise CheckpointError(
-                f"{folder}: cannot be loaded into {self.world.size} ranks at ZeRO {self.zero_stage}: {error}"
-            ) from error
-        if loaded is None:
+        path = folder / LAYOUT_FILE
+        if not path.exists():
             raise CheckpointError(f"{folder}: no state there")
+        saved = json.loads(path.read_text())
+        if saved != self._layout:
+            raise CheckpointError(
+                f"{folder}: saved by {saved['ranks']} ranks at ZeRO {saved['zero_stage']}, and cannot be loaded "
+                f"into {self.world.size} at ZeRO {self.zero_stage}; resume with the same placement and zero_stage"
+            )
+        try:
+            _, client = self.engine.load_checkpoint(str(folder), tag="state")
+        except (OSError, RuntimeError, AssertionError, KeyError, EOFError, UnpicklingError) as error:
+            raise CheckpointError(f"{folder}: damaged: {error}; remove it to resume from an earlier one") from error
         _set_rng_state(client["rng"])
 
 

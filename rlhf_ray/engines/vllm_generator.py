@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -158,7 +158,7 @@ def _build(
     from vllm import LLM
 
     on_gpu = torch.cuda.is_available()
-    device_options: dict[str, object] = {"gpu_memory_utilization": section.gpu_memory_utilization}
+    device_options: dict[str, Any] = {"gpu_memory_utilization": section.gpu_memory_utilization}
     if not on_gpu:
         device_options = {
             "kv_cache_memory_bytes": int(section.cpu_kv_cache_gib * 2**30),

@@ -18,7 +18,9 @@ KINDS = hierarchy(errors.RlhfRayError)
 
 
 def test_the_whole_hierarchy_is_tested() -> None:
-    defined = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)}
+    defined = {
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
+    }
     assert defined == set(KINDS)
     assert len(KINDS) == 12
     users = {"UserError", "ConfigError", "DataError", "ModelError", "ResourceError"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ class Stage:
     def group(self, name: str, count: int = 1) -> ActorGroup:
         group = self.unbuilt(name, count)
         group.build("tests.actors.workers:Worker", [{"rank": rank} for rank in range(count)], BUILD_TIMEOUT)
+        group.wait_until_built()
         return group
 
     def unbuilt(self, name: str, count: int = 1) -> ActorGroup:
@@ -91,7 +93,9 @@ def test_a_pending_argument_goes_from_actor_to_actor(make_stage: Callable[..., S
 
 
 @pytest.mark.parametrize("kind", [ConfigError, RewardError])
-def test_what_a_worker_raises_arrives_as_itself(make_stage: Callable[..., Stage], kind: type[Exception]) -> None:
+def test_what_a_worker_raises_arrives_as_itself(
+    make_stage: Callable[..., Stage], kind: type[Exception]
+) -> None:
     group = make_stage().group("reward")
     with pytest.raises(kind, match=r"^online\.rewards\.0: said by the worker$") as caught:
         group.call("fail", kind.__name__).result()
@@ -100,9 +104,10 @@ def test_what_a_worker_raises_arrives_as_itself(make_stage: Callable[..., Stage]
 
 
 def test_a_mistake_found_while_building_arrives_as_itself(make_stage: Callable[..., Stage]) -> None:
-    stage = make_stage()
+    critic = make_stage().unbuilt("critic")
+    critic.build("tests.actors.workers:Worker", [{"fails": "ConfigError"}], BUILD_TIMEOUT)
     with pytest.raises(ConfigError) as caught:
-        stage.unbuilt("critic").build("tests.actors.workers:Worker", [{"fails": "ConfigError"}], BUILD_TIMEOUT)
+        critic.wait_until_built()
     assert caught.value.mistakes == ("model.path=nowhere: no such folder", "model: second mistake")
 
 
@@ -126,11 +131,15 @@ def test_a_failure_upstream_is_raised_at_once_whoever_is_waited_for(make_stage: 
     assert time.monotonic() - start < 5
 
 
-def test_an_unforeseen_error_names_the_call_and_leaves_its_traceback(make_stage: Callable[..., Stage]) -> None:
+def test_an_unforeseen_error_names_the_call_and_leaves_its_traceback(
+    make_stage: Callable[..., Stage],
+) -> None:
     stage = make_stage()
     engine, experience = stage.group("engine"), stage.group("experience")
     broken = engine.call("divide", 0)
-    with pytest.raises(WorkerError, match=r"^engine\.divide failed: ZeroDivisionError: division by zero$") as caught:
+    with pytest.raises(
+        WorkerError, match=r"^engine\.divide failed: ZeroDivisionError: division by zero$"
+    ) as caught:
         experience.call("add", broken).result()
     assert "return 1 / by" in str(caught.value.__cause__)
     assert "return 1 / by" in (stage.logs / "engine-0.log").read_text()
@@ -204,11 +213,13 @@ def test_with_turns_no_two_calls_overlap_but_a_groups_ranks_do(make_stage: Calla
     submit_work(stage)
     turns = [(min(s for s, _ in spans), max(e for _, e in spans)) for spans in spans_of(stage).values()]
     assert len(turns) == 6
-    for (_, end), (start, _) in zip(turns, turns[1:], strict=False):
+    for (_, end), (start, _) in itertools.pairwise(turns):
         assert start >= end
     for spans in (spans_of(stage)["engine-0"], spans_of(stage)["policy-1"]):
         (first, first_end), (second, second_end) = spans
-        assert max(first, second) < min(first_end, second_end), "ranks work together: they meet in collectives"
+        assert max(first, second) < min(first_end, second_end), (
+            "ranks work together: they meet in collectives"
+        )
 
 
 def test_without_turns_calls_of_different_groups_overlap(make_stage: Callable[..., Stage]) -> None:
@@ -229,7 +240,9 @@ def test_the_timeline_books_unions(make_stage: Callable[..., Stage]) -> None:
     assert set(seconds) == {"time/generate", "time/train_policy", "time/busy"}
     assert 0.3 <= seconds["time/generate"] < 0.5, "two engines at the same time count once"
     assert 0.2 <= seconds["time/train_policy"] < 0.4
-    assert seconds["time/busy"] == pytest.approx(seconds["time/generate"] + seconds["time/train_policy"], abs=1e-6)
+    assert seconds["time/busy"] == pytest.approx(
+        seconds["time/generate"] + seconds["time/train_policy"], abs=1e-6
+    )
     assert stage.timeline.take() == {}
 
 

@@ -24,7 +24,9 @@ from rlhf_ray.reporting.run_folder import RunFolder
 ALONE = ClusterSection(start_timeout=60)
 
 
-def demand(name: str, count: int = 1, memory: float = 0.1, gpus_per_actor: int = 1, **section: object) -> RoleDemand:
+def demand(
+    name: str, count: int = 1, memory: float = 0.1, gpus_per_actor: int = 1, **section: object
+) -> RoleDemand:
     return RoleDemand(name, RoleSection(count=count, **section), int(memory * GIB), gpus_per_actor)  # type: ignore[arg-type]
 
 
@@ -130,6 +132,7 @@ class TestOnACluster:
         for group in (policy, helper):
             kwargs = [{"rank": rank} for rank in range(len(group))]
             group.build("tests.actors.workers:Worker", kwargs, 60)
+        placement.wait_until_built()
         assert policy.call("environment", "OMP_NUM_THREADS").result() == "1"
         assert ray.available_resources().get("CPU", 0.0) == 0.0
         assert {path.name for path in (tmp_path / "logs").iterdir()} == {
@@ -144,6 +147,7 @@ class TestOnACluster:
         placement = Placement([demand("policy", 2)], ALONE, RunFolder(tmp_path))
         group = placement.start("policy")
         group.build("tests.actors.workers:Worker", [{"rank": 0}, {"rank": 1}], 60)
+        group.wait_until_built()
         group.call("sleep", 600.0)
         start = time.monotonic()
         placement.release(timeout=1.0)

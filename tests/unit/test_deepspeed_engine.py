@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -73,26 +74,31 @@ def first_moments(trained: PolicyWorker) -> Arrays:
     return found
 
 
+@dataclass
 class Outcome:
-    """After one step: gradients, metrics; and after a second on another batch: weights."""
+    """Metrics and gradients of the first step; losses of all steps, and the weights after them."""
 
-    def __init__(self, trained: PolicyWorker, batches: Sequence[SFTBatch]) -> None:
-        self.metrics: Metrics = trained.train_sft(batches[0])
-        self.gradients = {name: m / (1 - BETA_1) for name, m in first_moments(trained).items()}
-        self.losses = [self.metrics["sft/loss"]]
-        self.losses += [trained.train_sft(each)["sft/loss"] for each in batches[1:]]
-        self.weights = weights_of(trained)
+    metrics: Metrics
+    gradients: Arrays
+    losses: list[float]
+    weights: Arrays
+
+
+def train(trained: PolicyWorker, batches: Sequence[SFTBatch]) -> Outcome:
+    metrics = trained.train_sft(batches[0])
+    gradients = {name: moment / (1 - BETA_1) for name, moment in first_moments(trained).items()}
+    losses = [metrics["sft/loss"], *[trained.train_sft(each)["sft/loss"] for each in batches[1:]]]
+    return Outcome(metrics, gradients, losses, weights_of(trained))
 
 
 def plain(model: ModelSection, optimizer: OptimizerSection, batches: Sequence[SFTBatch]) -> Outcome:
-    """The same two steps with one row at a time, all logits, and nothing of this project."""
+    """The same steps with one row at a time, all logits, and nothing of this project."""
     network = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
     adam = torch.optim.AdamW(
         network.parameters(), lr=optimizer.learning_rate, betas=(BETA_1, 0.95), weight_decay=0.0
     )
-    outcome = Outcome.__new__(Outcome)
-    outcome.losses = []
-    for number, each in enumerate(batches):
+    losses, norms, gradients = [], [], []
+    for each in batches:
         total = torch.zeros(())
         for ids, mask in zip(each.tokens, each.is_target, strict=True):
             tokens, is_target = torch.tensor(ids.tolist()), torch.tensor(mask.tolist())
@@ -101,16 +107,12 @@ def plain(model: ModelSection, optimizer: OptimizerSection, batches: Sequence[SF
         loss = total / int(each.is_target.values.sum())
         adam.zero_grad()
         loss.backward()
-        outcome.losses.append(loss.item())
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), optimizer.max_grad_norm)
-        if number == 0:
-            outcome.metrics = {"sft/loss": loss.item(), "policy/grad_norm": float(norm)}
-            outcome.gradients = {
-                name: p.grad.reshape(-1).numpy().copy() for name, p in network.named_parameters()
-            }
+        losses.append(loss.item())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(network.parameters(), optimizer.max_grad_norm)))
+        gradients.append({name: p.grad.reshape(-1).numpy().copy() for name, p in network.named_parameters()})
         adam.step()
-    outcome.weights = {name: p.detach().numpy() for name, p in network.named_parameters()}
-    return outcome
+    weights = {name: p.detach().numpy() for name, p in network.named_parameters()}
+    return Outcome({"sft/loss": losses[0], "policy/grad_norm": norms[0]}, gradients[0], losses, weights)
 
 
 def distance(found: Arrays, expected: Arrays) -> float:
@@ -136,14 +138,14 @@ def assert_equal_outcomes(found: Outcome, expected: Outcome) -> None:
 @pytest.mark.parametrize("zero_stage", STAGES)
 @pytest.mark.parametrize("split", BUDGETS)
 def test_one_rank_is_plain_pytorch(model: ModelSection, zero_stage: int, split: str) -> None:
-    found = Outcome(worker(model, zero_stage, BUDGETS[split]), BATCHES)
+    found = train(worker(model, zero_stage, BUDGETS[split]), BATCHES)
     assert_equal_outcomes(found, plain(model, NO_CLIPPING, BATCHES))
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_clipping_takes_the_norm_of_the_whole_gradient(model: ModelSection, zero_stage: int) -> None:
     """The norm that is reported is the one before clipping; the gradient that Adam sees is clipped."""
-    found = Outcome(worker(model, zero_stage, BUDGETS["2x4"], CLIPPING), BATCHES)
+    found = train(worker(model, zero_stage, BUDGETS["2x4"], CLIPPING), BATCHES)
     expected = plain(model, CLIPPING, BATCHES)
     assert expected.metrics["policy/grad_norm"] > 10 * CLIPPING.max_grad_norm
     norm = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in found.gradients.values()))
@@ -161,7 +163,7 @@ def train_on_two_ranks(
             # With one row there is nothing for the other rank: its micro-batch is empty.
             batches = BATCHES if split != "one row" else [each.select([0]) for each in BATCHES]
             trained = worker(model, zero_stage, BUDGETS.get(split, 64), optimizer, world)
-            outcome = Outcome(trained, batches)
+            outcome = train(trained, batches)
             resumes = split != "8x1" or is_resumed_alike(trained, model, folder / str(zero_stage), world)
             found[zero_stage, split] = outcome, resumes
     return found
@@ -228,7 +230,18 @@ def test_random_state_is_part_of_a_checkpoint(model: ModelSection, tmp_path: Pat
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_no_checkpoint_there(model: ModelSection, tmp_path: Path, zero_stage: int) -> None:
-    with pytest.raises(CheckpointError, match=str(tmp_path)):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: no state there"):
+        worker(model, zero_stage).load_state(tmp_path)
+
+
+@pytest.mark.parametrize("zero_stage", STAGES)
+def test_a_damaged_checkpoint(model: ModelSection, tmp_path: Path, zero_stage: int) -> None:
+    trained = worker(model, zero_stage)
+    trained.train_sft(batch())
+    trained.save_state(tmp_path)
+    for path in tmp_path.rglob("*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: damaged"):
         worker(model, zero_stage).load_state(tmp_path)
 
 
@@ -239,7 +252,7 @@ def test_a_checkpoint_of_another_zero_stage_is_refused(
     trained = worker(model, saved)
     trained.train_sft(batch())
     trained.save_state(tmp_path)
-    with pytest.raises(CheckpointError, match=f"ZeRO {loaded}"):
+    with pytest.raises(CheckpointError, match=f"saved by 1 rank.* ZeRO {saved}.* ZeRO {loaded}"):
         worker(model, loaded).load_state(tmp_path)
 
 
@@ -286,9 +299,9 @@ def test_matrices_decay_and_norms_do_not(model: ModelSection, zero_stage: int) -
 
 
 def test_mixed_precision_keeps_float32_weights_and_is_close(model: ModelSection) -> None:
-    exact = Outcome(worker(model, 1), BATCHES)
+    exact = train(worker(model, 1), BATCHES)
     mixed_worker = worker(model, 1, precision="mixed")
-    mixed = Outcome(mixed_worker, BATCHES)
+    mixed = train(mixed_worker, BATCHES)
     assert {weight.dtype for weight in mixed.weights.values()} == {np.dtype(np.float32)}
     assert mixed.metrics["sft/loss"] == pytest.approx(exact.metrics["sft/loss"], rel=5e-3)
     assert mixed.metrics["sft/loss"] != exact.metrics["sft/loss"]
@@ -296,12 +309,12 @@ def test_mixed_precision_keeps_float32_weights_and_is_close(model: ModelSection)
 
 
 def test_gradient_checkpointing_changes_nothing(model: ModelSection) -> None:
-    plainly = Outcome(worker(model, 1), BATCHES)
-    checkpointed = Outcome(worker(model, 1, gradient_checkpointing=True), BATCHES)
+    plainly = train(worker(model, 1), BATCHES)
+    checkpointed = train(worker(model, 1, gradient_checkpointing=True), BATCHES)
     assert_equal_outcomes(checkpointed, plainly)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_packing_changes_nothing(model: ModelSection, zero_stage: int) -> None:
-    packed = Outcome(worker(model, zero_stage, BUDGETS["2x4"], packing=True), BATCHES)
+    packed = train(worker(model, zero_stage, BUDGETS["2x4"], packing=True), BATCHES)
     assert_equal_outcomes(packed, plain(model, NO_CLIPPING, BATCHES))
