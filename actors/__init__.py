@@ -1,1 +1,1 @@
-"""Ray actors: one thin host for every role, over the plain classes of `rlhf_ray.workers`, and their groups."""
+"""Ray actors: one thin host for every role, over plain classes of `rlhf_ray.workers`, and their groups."""

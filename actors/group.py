@@ -83,7 +83,7 @@ class ActorGroup:
         return len(self.handles)
 
     def build(self, factory: str, kwargs: Sequence[dict[str, object]], timeout: float) -> None:
-        """Start to build the worker in every actor at the same time, as ranks rendezvous; later calls queue up.
+        """Start to build all workers at the same time, since ranks rendezvous; later calls queue up.
 
         Args:
             kwargs: of the worker, by rank.

@@ -120,7 +120,7 @@ class Placement:
         return {name: amount for name, amount in wanted.items() if amount}
 
     def _reserve(self, bundles: list[dict[str, float]], capacity: Capacity) -> PlacementGroup:
-        """Wait for the bundles; on this machine alone nothing can arrive later: too little is said at once."""
+        """Wait for the bundles; on one machine nothing can arrive later: too little is said at once."""
         missing = self._missing(bundles, capacity)
         if missing and self.cluster.address is None:
             raise ResourceError(self._explain(missing, capacity))

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.command_line import CommandLine
+from tests.e2e.runs import make_workplace
+
 GIB = 1 << 30
 
 
@@ -42,3 +45,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, a reward function and configurations: where the commands of tests run."""
+    return make_workplace(tmp_path_factory.mktemp("workplace") / "here")
+
+
+@pytest.fixture(scope="session")
+def rlhf_ray(workplace: Path) -> CommandLine:
+    """The command line, run in the workplace."""
+    return CommandLine(workplace)

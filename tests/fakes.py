@@ -1,4 +1,4 @@
-"""Small stand-ins for what surrounds the code under test: a person, an engine fed by hand, reward functions."""
+"""Small stand-ins for what surrounds the code under test: a person, an engine, reward functions."""
 
 from __future__ import annotations
 

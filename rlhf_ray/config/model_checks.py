@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from rlhf_ray.config.document import nearest
-from rlhf_ray.config.schema import EMBEDDED_MODEL, ModelSection
+from rlhf_ray.config.schema import EMBEDDED_MODEL, EMBEDDED_TEMPLATE, ModelSection
 
 Kind = Literal["language", "reward", "either"]
 
@@ -37,9 +37,10 @@ def model_mistakes(section: ModelSection, kind: Kind) -> Iterator[tuple[str, str
     Args:
         kind: whether the model must write text, score it, or may do either (a reward model's start).
     """
-    has_template = section.chat_template is not None
-    if section.chat_template is not None and not os.path.isfile(section.chat_template):
-        yield "chat_template", f"no such file{_near_path(section.chat_template)}"
+    template = section.chat_template
+    has_template = template is not None
+    if template is not None and template != EMBEDDED_TEMPLATE and not os.path.isfile(template):
+        yield "chat_template", f"no such file{_near_path(template)}"
     for sentence in path_mistakes(section.path, kind, has_template=has_template):
         yield "path", sentence
 

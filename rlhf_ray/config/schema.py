@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
+EMBEDDED_TEMPLATE = "embedded:chatml"
 StageName = Literal["sft", "preferences", "reward", "online"]
 STAGES: tuple[StageName, ...] = ("sft", "preferences", "reward", "online")
 
@@ -27,10 +28,14 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """path: a Hugging Face folder, a hub name, a `.gguf` file, or the embedded model."""
+    """
+    path: a Hugging Face folder, a hub name, a `.gguf` file, or the embedded model.
+    chat_template: a Jinja file that replaces the tokenizer's own template, or `embedded:chatml`: ChatML without a system
+    prompt. It is saved with what is trained.
+    """
 
     path: str = EMBEDDED_MODEL
-    chat_template: Path | None = Field(None, description="Jinja file that replaces the tokenizer's own template")
+    chat_template: str | None = None
     trust_remote_code: bool = False
 
 

@@ -128,8 +128,8 @@ class TrainEngine:
             config=self._deepspeed_config(optimizer),
         )
         if self.zero_stage == 0 and world.size == 1:
-            # With nobody to add up with, the all-reduce still copies every gradient twice, which takes seconds
-            # a step on a CPU.
+            # With nobody to add up with, the all-reduce still copies every gradient twice: seconds a step on
+            # a CPU.
             self.engine.enable_backward_allreduce = False
 
     def _deepspeed_config(self, optimizer: OptimizerSection) -> dict[str, object]:
@@ -204,7 +204,6 @@ class TrainEngine:
         self.engine.save_checkpoint(
             str(folder), tag="state", save_latest=False, client_state={"rng": _rng_state()}
         )
-
         if self.world.rank == 0:
             (folder / LAYOUT_FILE).write_text(json.dumps(self._layout))
 
@@ -224,13 +223,16 @@ class TrainEngine:
         saved = json.loads(path.read_text())
         if saved != self._layout:
             raise CheckpointError(
-                f"{folder}: saved by {saved['ranks']} ranks at ZeRO {saved['zero_stage']}, and cannot be loaded "
-                f"into {self.world.size} at ZeRO {self.zero_stage}; resume with the same placement and zero_stage"
+                f"{folder}: saved by {saved['ranks']} ranks at ZeRO {saved['zero_stage']}, and cannot be "
+                f"loaded into {self.world.size} at ZeRO {self.zero_stage}; resume with the placement and the "
+                "training.zero_stage of the first run"
             )
         try:
             _, client = self.engine.load_checkpoint(str(folder), tag="state")
         except (OSError, RuntimeError, AssertionError, KeyError, EOFError, UnpicklingError) as error:
-            raise CheckpointError(f"{folder}: damaged: {error}; remove it to resume from an earlier one") from error
+            raise CheckpointError(
+                f"{folder}: damaged: {error}; remove it to resume from an earlier one"
+            ) from error
         _set_rng_state(client["rng"])
 
 

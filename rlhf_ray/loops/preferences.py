@@ -122,7 +122,7 @@ def agreement(pairs: Sequence[JudgedPair]) -> Metrics:
 
     `preferences/agreement` is the share of pairs of votes on the same pair of answers that are equal;
     `preferences/krippendorff_alpha` corrects for chance (Krippendorff 2011, nominal): 1 is perfect, 0 is
-    chance. Both are left out with a single annotator.
+    chance. Both are left out where no pair has two votes.
     """
     names = sorted({name for pair in pairs for name in pair.votes})
     metrics: Metrics = {"preferences/pairs": float(len(pairs))}
@@ -132,14 +132,16 @@ def agreement(pairs: Sequence[JudgedPair]) -> Metrics:
     if len(names) < 2:
         return metrics
     votes = np.array([[pair.votes.get(name, np.nan) for pair in pairs] for name in names], dtype=np.float64)
+    # People and simulated annotators, for example, judge different pairs; one vote says nothing of agreement.
+    votes = votes[:, (~np.isnan(votes)).sum(axis=0) > 1]
+    if not votes.size:
+        return metrics
     equal = [
         (votes[a] == votes[b])[~np.isnan(votes[a]) & ~np.isnan(votes[b])]
         for a in range(len(names))
         for b in range(a)
     ]
-    compared = np.concatenate(equal)
-    if len(compared):
-        metrics["preferences/agreement"] = float(compared.mean())
+    metrics["preferences/agreement"] = float(np.concatenate(equal).mean())
     # The statistic is not defined where only one kind of vote was ever cast.
     if len(np.unique(votes[~np.isnan(votes)])) > 1:
         metrics["preferences/krippendorff_alpha"] = float(

@@ -7,6 +7,7 @@ are converted once into a cache, because vLLM, DeepSpeed and `save_pretrained` w
 from __future__ import annotations
 
 import hashlib
+import importlib.resources
 import importlib.util
 import os
 import tempfile
@@ -24,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_ray.config.schema import EMBEDDED_MODEL, ModelSection
+from rlhf_ray.config.schema import EMBEDDED_MODEL, EMBEDDED_TEMPLATE, ModelSection
 from rlhf_ray.errors import ModelError
 
 
@@ -99,7 +100,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             f"model.path={section.path}: no usable tokenizer there ({_first_line(error)})"
         ) from error
     if section.chat_template is not None:
-        tokenizer.chat_template = section.chat_template.read_text()
+        tokenizer.chat_template = _template(section.chat_template)
     if tokenizer.chat_template is None:
         raise ModelError(
             f"model.path={section.path}: the tokenizer has no chat template; "
@@ -108,6 +109,15 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.path={section.path}: the tokenizer has no EOS token")
     return tokenizer
+
+
+def _template(name: str) -> str:
+    if name == EMBEDDED_TEMPLATE:
+        return (importlib.resources.files("rlhf_ray.data") / "embedded" / "chatml.jinja").read_text()
+    try:
+        return Path(name).read_text()
+    except OSError as error:
+        raise ModelError(f"model.chat_template={name}: cannot be read ({error.strerror})") from None
 
 
 def eos_token_ids(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

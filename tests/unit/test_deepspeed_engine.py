@@ -1,4 +1,4 @@
-"""Every ZeRO stage on one rank and on two against plain PyTorch: gradients, updates, schedules, checkpoints."""
+"""Every ZeRO stage, on one rank and on two, against plain PyTorch; schedules; checkpoints."""
 
 from __future__ import annotations
 
@@ -128,11 +128,11 @@ BATCHES = (batch(0), batch(1))
 
 
 def assert_equal_outcomes(found: Outcome, expected: Outcome) -> None:
-    assert distance(found.gradients, expected.gradients) < 5e-6
+    assert distance(found.gradients, expected.gradients) < 1e-6
     assert found.metrics["sft/loss"] == pytest.approx(expected.metrics["sft/loss"], rel=1e-6)
     assert found.metrics["policy/grad_norm"] == pytest.approx(expected.metrics["policy/grad_norm"], rel=1e-5)
     assert found.losses == pytest.approx(expected.losses, rel=1e-6)
-    assert distance(found.weights, expected.weights) < 1e-5
+    assert distance(found.weights, expected.weights) < 2e-6
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)

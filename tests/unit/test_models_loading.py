@@ -72,10 +72,12 @@ def test_chat_template_comes_from_the_section_or_the_tokenizer(folder: Path, tmp
     assert load_tokenizer(section(folder)).chat_template == CHATML
     template = tmp_path / "mine.jinja"
     template.write_text("{{ messages[0]['content'] }}")
-    own = load_tokenizer(section(folder, chat_template=template))
+    own = load_tokenizer(section(folder, chat_template=str(template)))
     assert own.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    with pytest.raises(ModelError, match=r"model\.chat_template=.*nowhere: cannot be read \(No such file"):
+        load_tokenizer(section(folder, chat_template=str(tmp_path / "nowhere")))
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(ModelError, match="no chat template; name a Jinja file in model.chat_template"):
+    with pytest.raises(ModelError, match=r"no chat template; name a Jinja file in model\.chat_template"):
         load_tokenizer(section(folder))
 
 
@@ -134,7 +136,9 @@ def test_a_reward_model_keeps_its_head_and_scores_alike_everywhere(folder: Path,
     assert (type(plain), plain.config.num_labels) == (LlamaForSequenceClassification, 1)
     rows = Ragged.from_rows([IDS[0].tolist(), [1, 9, 2]], np.int32)
     ours = ScalarModel(network)(collate(rows, last_positions(rows), False, torch.device("cpu")))
-    theirs = [plain.score(plain.model(torch.tensor([row.tolist()])).last_hidden_state)[0, -1, 0] for row in rows]
+    theirs = [
+        plain.score(plain.model(torch.tensor([row.tolist()])).last_hidden_state)[0, -1, 0] for row in rows
+    ]
     torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-5, atol=1e-6)
 
 
@@ -166,7 +170,9 @@ def test_tied_and_untied_heads_survive_saving(tmp_path: Path, tied: bool) -> Non
 def test_a_classifier_of_two_labels_is_no_reward_model(folder: Path, tmp_path: Path) -> None:
     config = LlamaConfig.from_pretrained(folder, num_labels=2)
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "two")
-    with pytest.raises(ModelError, match=r"model.path=.*two: a classifier of 2 labels; a reward model has one"):
+    with pytest.raises(
+        ModelError, match=r"model.path=.*two: a classifier of 2 labels; a reward model has one"
+    ):
         load_scalar_model(section(tmp_path / "two"), seed=0)
 
 

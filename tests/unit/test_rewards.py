@@ -36,7 +36,7 @@ def test_prompts_are_conversations() -> None:
 def test_async_function_gets_the_datasets_columns() -> None:
     columns: list[dict[str, object]] = [{"answer": "ok", "level": 1}, {"answer": "video", "level": 2}]
     function = RewardFunction("right", "tests.fakes:answer_is_right")
-    with pytest.raises(RewardError, match="'right' raised TypeError.*level"):
+    with pytest.raises(RewardError, match=r"'right' raised TypeError.*level"):
         function(PROMPTS, COMPLETIONS, columns)
     assert function(PROMPTS, COMPLETIONS, [{"answer": "ok"}, {"answer": "video"}]).tolist() == [1.0, 0.0]
 

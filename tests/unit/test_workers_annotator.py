@@ -117,7 +117,7 @@ def test_a_sure_annotator_prefers_the_better_and_says_by_what_it_judged(model: M
     assert (pair.votes, pair.preferred, pair.prompt_id) == ({"sure": winner}, winner, 100)
     assert pair.gold["sure"][winner] == 3.0
     assert pair.gold["sure"][1 - winner] == 1.0
-    assert pair.messages == ({"role": "user", "content": "question 0"},)
+    assert pair.messages == ({"role": "user", "content": "question 100"},)
 
 
 @pytest.mark.parametrize(

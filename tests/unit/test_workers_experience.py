@@ -23,7 +23,9 @@ HAND = {
     "reward_clip": 2.0,
     "whiten_advantages": False,
 }
-ROLLOUTS = rollouts_of([[1, 30], [1, 31]], [[40, 2], [50]], finished=[True, False], prompt_ids=[4, 9], version=3)
+ROLLOUTS = rollouts_of(
+    [[1, 30], [1, 31]], [[40, 2], [50]], finished=[True, False], prompt_ids=[4, 9], version=3
+)
 SCORES = Scores(np.array([3.0, 0.5], np.float32), {"gold": np.array([3.0, np.nan], np.float32)})
 
 
@@ -192,7 +194,9 @@ def test_rows_do_not_leak_into_each_other(model: ModelSection, tmp_path: Path) -
 
 def test_tokens_of_other_weights_are_refused(model: ModelSection, tmp_path: Path) -> None:
     experience = worker(model, tmp_path, online_section())
-    with pytest.raises(WeightSyncError, match="step 4: .* weights of version 3, and version 4 was published"):
+    with pytest.raises(
+        WeightSyncError, match=r"step 4: .* weights of version 3, and version 4 was published"
+    ):
         experience.prepare(4, 4, 0.1, OLD, VALUES, ROLLOUTS, SCORES, REF)
     mixed = ROLLOUTS.versions.with_values(np.array([4, 4, -1], dtype=np.int32))
     object.__setattr__(half := rollouts_of([[1], [1]], [[40, 2], [50]]), "versions", mixed)
@@ -208,7 +212,7 @@ def test_lineage_of_every_sample(model: ModelSection, tmp_path: Path) -> None:
     assert (first.response_ids, first.finish_reason) == ((40, 2), "stop")
     assert (second.response_ids, second.finish_reason) == ((50,), "length")
     assert (first.version_min, first.version_max) == (3, 3)
-    assert (first.prompt, second.prompt) == ("question 0", "question 1")
+    assert (first.prompt, second.prompt) == ("question 4", "question 9")
     assert "<|im_end|>" not in first.response
     assert first.reward_parts == {"gold": 3.0}
     assert np.isnan(second.reward_parts["gold"])
@@ -228,7 +232,9 @@ def test_a_source_without_any_value_has_no_metrics(model: ModelSection, tmp_path
 def test_groups_without_signal_are_counted(model: ModelSection, tmp_path: Path) -> None:
     rollouts, _, ref, old, values = random_parts()
     scores = Scores(np.array([1, 1, 0, 2, 3, 3], np.float32), {})
-    _, metrics = worker(model, tmp_path, online_section()).prepare(0, 0, 0.1, old, values, rollouts, scores, ref)
+    _, metrics = worker(model, tmp_path, online_section()).prepare(
+        0, 0, 0.1, old, values, rollouts, scores, ref
+    )
     assert metrics["reward/frac_zero_std"] == pytest.approx(2 / 3)
 
 

@@ -38,7 +38,9 @@ def plain_model(model: ModelSection) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
 
 
-def slow_distributions(network: PreTrainedModel, rollouts: Rollouts, temperature: float) -> list[torch.Tensor]:
+def slow_distributions(
+    network: PreTrainedModel, rollouts: Rollouts, temperature: float
+) -> list[torch.Tensor]:
     """Per row: [response tokens, V] log-probs at the positions that predict the response."""
     found = []
     for prompt, response in zip(rollouts.prompts, rollouts.responses, strict=True):
@@ -103,7 +105,9 @@ def test_probe_is_what_an_engine_scores(model: ModelSection) -> None:
     with torch.no_grad():
         network = plain_model(model)
         slow = [
-            network(torch.tensor([row.tolist()])).logits[0, :-1].log_softmax(-1)[np.arange(len(row) - 1), row[1:]]
+            network(torch.tensor([row.tolist()]))
+            .logits[0, :-1]
+            .log_softmax(-1)[np.arange(len(row) - 1), row[1:]]
             for row in rows
         ]
     found = worker.probe(rows)
@@ -130,7 +134,9 @@ def test_first_ratio_is_1_and_first_kl_0_exactly(
     assert later["policy/ratio_max"] > 1.0, "the first update moved the policy"
 
 
-def slow_ppo_loss(network: PreTrainedModel, batch: RLBatch, section: OnlineSection, kl_coef: float) -> torch.Tensor:
+def slow_ppo_loss(
+    network: PreTrainedModel, batch: RLBatch, section: OnlineSection, kl_coef: float
+) -> torch.Tensor:
     """Schulman et al. 2017, equations 7 and 9, token by token over full distributions."""
     rows = slow_distributions(network, ROLLOUTS, section.temperature)
     logprobs = of_tokens(rows, ROLLOUTS)
@@ -218,7 +224,7 @@ def test_untrained_tokens_may_hold_anything(model: ModelSection) -> None:
 
 
 def test_mini_batches_are_optimizer_steps_in_an_order_of_the_step(model: ModelSection) -> None:
-    """2 epochs of 3 mini-batches: 6 steps; the same order for the same seed and step, and another for another."""
+    """2 epochs of 3 mini-batches are 6 steps; the order depends on the seed and the step."""
     section = online_section(
         num_mini_batches=3, num_ppo_epochs=2, prompts_per_step=6, num_generations=1, cliprange=10.0
     )
@@ -235,7 +241,7 @@ def test_mini_batches_are_optimizer_steps_in_an_order_of_the_step(model: ModelSe
 
 
 def test_sft_loss_is_that_of_transformers(model: ModelSection) -> None:
-    """The library's own loss over the same tokens: labels of -100 are no targets, and it is a mean over all."""
+    """The library's own loss over the same tokens, where labels of -100 are no targets."""
     tokens = ROLLOUTS.sequences
     is_target = tokens.with_values(np.arange(len(tokens.values)) % 4 != 1)
     width = int(tokens.lengths.max())

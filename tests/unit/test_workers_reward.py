@@ -100,10 +100,15 @@ def test_model_scores_what_was_sampled_and_ends_what_was_cut(
     """The EOS (here also the pad token) is read; a response that the length limit cut gets one."""
     rollouts = rollouts_of([[1, 30], [1, 31, 32]], [[40, 41, 2], [50, 51]], finished=[True, False])
     scores = worker(model, model_source(reward_model, 0.5)).score(rollouts)
-    expected = [slow_score(reward_model, [1, 30, 40, 41, 2]), slow_score(reward_model, [1, 31, 32, 50, 51, 2])]
+    expected = [
+        slow_score(reward_model, [1, 30, 40, 41, 2]),
+        slow_score(reward_model, [1, 31, 32, 50, 51, 2]),
+    ]
     np.testing.assert_allclose(scores.parts["proxy"], expected, rtol=1e-5)
     np.testing.assert_allclose(scores.total, 0.5 * np.array(expected), rtol=1e-5)
-    alone = [worker(model, model_source(reward_model)).score(rollouts.select([row])).total[0] for row in (0, 1)]
+    alone = [
+        worker(model, model_source(reward_model)).score(rollouts.select([row])).total[0] for row in (0, 1)
+    ]
     np.testing.assert_allclose(alone, expected, rtol=1e-5)
 
 
@@ -138,9 +143,7 @@ def test_a_cut_answer_is_ended_as_the_template_ends_answers(
     assert scores.total[0] == pytest.approx(slow_score(reward_model, [1, 30, 40, 41, 2]), rel=1e-5)
 
 
-def test_a_score_that_is_not_finite_names_the_sample(
-    model: ModelSection, reward_model: ModelSection
-) -> None:
+def test_a_score_that_is_not_finite_names_the_sample(model: ModelSection, reward_model: ModelSection) -> None:
     """It must not pass for "does not apply"."""
     broken = worker(model, model_source(reward_model))
     module = broken.sources[0][1].module.model  # type: ignore[union-attr]
@@ -154,7 +157,9 @@ def test_a_score_that_is_not_finite_names_the_sample(
 def test_long_batches_score_alike(model: ModelSection, reward_model: ModelSection) -> None:
     """More rows than a micro-batch holds come back in their order."""
     generator = np.random.default_rng(0)
-    responses = [[*generator.integers(3, 290, length).tolist(), 2] for length in generator.integers(1, 40, 30)]
+    responses = [
+        [*generator.integers(3, 290, length).tolist(), 2] for length in generator.integers(1, 40, 30)
+    ]
     rollouts = rollouts_of([[1, 30]] * 30, responses)
     small = EXACT.model_copy(update={"tokens_per_micro_batch": 64})
     scores = RewardWorker(model, [model_source(reward_model)], small, CPU, threads=1).score(rollouts)

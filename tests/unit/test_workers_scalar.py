@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_ray.config.schema import DatasetSection, ModelSection, OptimizerSection, RewardSection, TrainingSection
+from rlhf_ray.config.schema import (
+    DatasetSection,
+    ModelSection,
+    OptimizerSection,
+    RewardSection,
+    TrainingSection,
+)
 from rlhf_ray.loops.supervised import evaluate_pairs
 from rlhf_ray.models.loading import load_scalar_model
 from rlhf_ray.types import PairBatch, Ragged, RLBatch
