@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import os
+import random
 import socket
 import sys
 import time
@@ -16,6 +17,9 @@ from typing import cast
 
 import ray
 
+from rlhf_ray.errors import WorkerError
+
+RENDEZVOUS_PORTS = range(20_000, 30_000)
 Span = tuple[float, float]
 """Start and end, seconds since 1970."""
 
@@ -63,9 +67,15 @@ class Host:
     def address(self) -> str:
         """host:port, free now, for a rendezvous that this process will host."""
         host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return f"{host}:{probe.getsockname()[1]}"
+        # Below the range that the system hands out: nobody else is given the port before it is used.
+        for port in random.sample(RENDEZVOUS_PORTS, len(RENDEZVOUS_PORTS)):
+            with socket.socket() as probe:
+                try:
+                    probe.bind((host, port))
+                except OSError:
+                    continue
+                return f"{host}:{port}"
+        raise WorkerError(f"{self.name}: every port from 20000 to 29999 is in use on {host}")
 
     def gpus(self) -> list[str]:
         """This actor's GPUs, by node and index."""

@@ -1,4 +1,5 @@
-"""What the scripts here share: a command's wall time and the memory of all its processes, and where results go."""
+"""What the scripts here share: a command's wall time and the memory of all its processes, and where results
+go."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Measured:
-    """seconds: wall time. peak_memory: largest sum over the process tree of proportional set sizes (shared pages are
-    counted once), sampled every second, in bytes."""
+    """seconds: wall time. peak_memory: largest sum over the process tree of proportional set sizes (shared
+    pages are counted once), sampled every second, in bytes."""
 
     exit_code: int
     seconds: float
@@ -29,12 +30,16 @@ class Measured:
 
 
 def run_measured(command: Sequence[str], log: Path) -> Measured:
-    """Run a command with its output in a file; the tree is all processes that descend from it, Ray's included."""
+    """Run a command with its output in a file; the tree is all processes that descend from it, Ray's
+    included."""
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     peak = 0
     stop = threading.Event()
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process,
+    ):
 
         def watch() -> None:
             nonlocal peak
@@ -77,7 +82,9 @@ def environment() -> dict[str, object]:
 
 def _cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    )
 
 
 def write_json(path: Path | None, result: object) -> None:

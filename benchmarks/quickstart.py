@@ -1,6 +1,6 @@
 """The quickstart pipeline over several seeds: time, memory, and whether each stage did what it is for.
 
-    rlhf-ray bench quickstart --seeds 0 1 2 --json quickstart.json
+rlhf-ray bench quickstart --seeds 0 1 2 --json quickstart.json
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from rlhf_ray.reporting.metrics_log import load_run
 
 @dataclass(frozen=True)
 class SeedResult:
-    """Gold scores are on the held-out prompts; `gold_change` is the paired difference after PPO minus after SFT."""
+    """Gold scores are on the held-out prompts; `gold_change` is the paired difference after PPO minus after
+    SFT."""
 
     seed: int
     minutes: float
@@ -41,9 +42,7 @@ class SeedResult:
 
 def measure_seed(seed: int, folder: Path, overrides: Sequence[str]) -> SeedResult:
     output = folder / f"seed-{seed}"
-    command = train_command(
-        "configs/quickstart.yaml", [f"output_dir={output}", f"seed={seed}", *overrides]
-    )
+    command = train_command("configs/quickstart.yaml", [f"output_dir={output}", f"seed={seed}", *overrides])
     measured = run_measured(command, folder / f"seed-{seed}.log")
     if measured.exit_code:
         raise SystemExit(f"seed {seed} failed: see {folder / f'seed-{seed}.log'}")

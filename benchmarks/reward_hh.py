@@ -54,7 +54,16 @@ def measure_seed(seed: int, folder: Path, overrides: Sequence[str]) -> SeedResul
 
 def table_of(results: Sequence[SeedResult]) -> Table:
     table = Table(title="reward model on human pairs (HH-RLHF harmless), held-out")
-    for column in ("seed", "minutes", "pairs", "accuracy", "longer wins", "margin", "calibration error", "loss"):
+    for column in (
+        "seed",
+        "minutes",
+        "pairs",
+        "accuracy",
+        "longer wins",
+        "margin",
+        "calibration error",
+        "loss",
+    ):
         table.add_column(column, justify="right")
     for r in results:
         table.add_row(

@@ -54,11 +54,16 @@ def run(config: RunConfig, *, quiet: bool = False) -> RunResult:
         progress = open_progress(config.stages, terminal, quiet=quiet)
         stack.callback(progress.close)
         interrupt = stack.enter_context(_interrupts(progress))
-        stack.enter_context(cluster(config.cluster))
         artefacts = Artefacts.at_start(config)
-        for name in config.stages:
-            folder = root.stage(name) if is_pipeline else root
-            _run_stage(config, name, artefacts, folder, progress, interrupt)
+        folders = {name: root.stage(name) if is_pipeline else root for name in config.stages}
+        done = {name for name, folder in folders.items() if config.resume == "auto" and _is_done(folder)}
+        if len(done) < len(folders):
+            stack.enter_context(cluster(config.cluster))
+        for name, folder in folders.items():
+            if name in done:
+                progress.message(f"{name}: done before")
+            else:
+                _run_stage(config, name, artefacts, folder, progress, interrupt)
             artefacts = artefacts.after(name, folder)
         progress.close()
         if is_pipeline:
@@ -77,16 +82,14 @@ def _run_stage(
     interrupt: Event,
 ) -> None:
     """Run the stage, or what is left of it."""
-    is_resumed = config.resume == "auto"
-    if is_resumed and _is_done(folder):
-        progress.message(f"{name}: done before")
-        return
     context = StageContext(config, name, artefacts, folder, progress, interrupt)
-    folder.begin(RunRecord(name=name, config=dump_config(config)), resume=is_resumed)
+    folder.begin(RunRecord(name=name, config=dump_config(config)), resume=config.resume == "auto")
     with folder.recording_outcome():
         metrics = STAGE_RUNNERS[name](context)
         folder.record_origin(context.data, context.parents)
         folder.finish("done", metrics)
+        # Its model is saved; several times the model's size of optimizer state is of no more use.
+        context.checkpoints.clear()
 
 
 def _is_done(folder: RunFolder) -> bool:

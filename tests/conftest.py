@@ -28,7 +28,7 @@ def ray_cluster() -> Iterator[None]:
         num_cpus=2,
         num_gpus=0,
         object_store_memory=300 << 20,
-        _memory=4 * GIB,
+        _memory=16 * GIB,
         _temp_dir=str(folder),
         include_dashboard=False,
         log_to_driver=False,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import pickle
+import random
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +60,6 @@ from rlhf_ray.workers.frozen import ReferenceWorker, RewardWorker
 from rlhf_ray.workers.model_worker import ModelWorker, WorkerSpec
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.scalar import CriticWorker, RewardTrainerWorker
-from tests.engine_process import free_port
 from tests.fakes import HandFedGenerator
 from tests.tiny import tiny_tokenizer
 
@@ -71,7 +72,16 @@ SPEEDS = ("perf/tokens_per_second",)
 @functools.cache
 def single_world() -> World:
     """The world of one rank that all workers of this process share."""
-    return World(rank=0, size=1, master=f"127.0.0.1:{free_port()}", threads=1, use_gpu=False)
+    return World(rank=0, size=1, master=f"127.0.0.1:{quiet_port()}", threads=1, use_gpu=False)
+
+
+def quiet_port() -> int:
+    """A free port below those that the system hands out: nobody takes it while the ranks start."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def worker_spec(
@@ -96,7 +106,7 @@ def run_ranks(function: Callable[..., T], size: int, folder: Path, *args: object
     Args:
         function: of a module, so that other processes can import it. folder: for the results.
     """
-    master = f"127.0.0.1:{free_port()}"
+    master = f"127.0.0.1:{quiet_port()}"
     torch.multiprocessing.spawn(_rank, (function, size, master, folder, args), nprocs=size)
     return [pickle.loads((folder / f"rank-{rank}.pickle").read_bytes()) for rank in range(size)]
 

@@ -137,17 +137,18 @@ class StageContext:
 
     # The loop's surroundings
 
+    @property
+    def checkpoints(self) -> Checkpoints:
+        settings = self.config.checkpoint
+        return Checkpoints(self.folder.path.resolve() / "checkpoints", settings.every, settings.keep_last)
+
     @contextmanager
     def stage_run(self, placement: Placement) -> Iterator[StageRun]:
         run = StageRun(
             name=self.name,
             folder=self.folder,
             seed=self.config.seed,
-            checkpoints=Checkpoints(
-                self.folder.path.resolve() / "checkpoints",
-                self.config.checkpoint.every,
-                self.config.checkpoint.keep_last,
-            ),
+            checkpoints=self.checkpoints,
             progress=self.progress,
             open_log=self._open_log,
             interrupt=self.interrupt,

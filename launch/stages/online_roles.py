@@ -116,7 +116,9 @@ class OnlineBuilder:
         model: ModelSection,
         **options: object,
     ) -> None:
-        steps = self.section.num_steps * self.section.num_ppo_epochs * self.section.num_mini_batches
+        # The policy sits the first steps out while only the critic learns.
+        idle = self.section.critic_warmup_steps if group.name == "policy" else 0
+        steps = (self.section.num_steps - idle) * self.section.num_ppo_epochs * self.section.num_mini_batches
         self.context.build_trained(
             self.placement, group, factory, optimizer, steps, model=model, online=self.section, **options
         )

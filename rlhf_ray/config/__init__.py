@@ -1,1 +1,2 @@
-"""Typed configuration: `schema` (what there is), `loading` (files and overrides), `checks` (what needs no cluster)."""
+"""Typed configuration: `schema` (what there is), `loading` (files and overrides), `checks` (what needs no
+cluster)."""

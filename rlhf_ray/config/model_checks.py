@@ -40,7 +40,7 @@ def model_mistakes(section: ModelSection, kind: Kind) -> Iterator[tuple[str, str
     template = section.chat_template
     has_template = template is not None
     if template is not None and template != EMBEDDED_TEMPLATE and not os.path.isfile(template):
-        yield "chat_template", f"no such file{_near_path(template)}"
+        yield "chat_template", f"no such file{_near_path(Path(template))}"
     for sentence in path_mistakes(section.path, kind, has_template=has_template):
         yield "path", sentence
 

@@ -1,9 +1,11 @@
-"""The configuration of a run. Frozen; unknown keys are errors; every default is written here and nowhere else.
+"""The configuration of a run. Frozen; unknown keys are errors; every default is written here and nowhere
+else.
 
-A file has one section a stage (`sft`, `preferences`, `reward`, `online`) and `pipeline`, the order in which they
-run. With one stage section, `pipeline` may be left out. Within a pipeline a stage that names no model takes the
-newest one that an earlier stage made, and the top-level `model` if there is none; `reward.dataset` is by default
-what `preferences` wrote, and a reward source of type `model` without a path is what `reward` trained.
+A file has one section a stage (`sft`, `preferences`, `reward`, `online`) and `pipeline`, the order in which
+they run. With one stage section, `pipeline` may be left out. Within a pipeline a stage that names no model
+takes the newest one that an earlier stage made, and the top-level `model` if there is none; `reward.dataset`
+is by default what `preferences` wrote, and a reward source of type `model` without a path is what `reward`
+trained.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ class Section(BaseModel):
 class ModelSection(Section):
     """
     path: a Hugging Face folder, a hub name, a `.gguf` file, or the embedded model.
-    chat_template: a Jinja file that replaces the tokenizer's own template, or `embedded:chatml`: ChatML without a system
-    prompt. It is saved with what is trained.
+    chat_template: a Jinja file that replaces the tokenizer's own template, or `embedded:chatml`: ChatML
+    without a system prompt. It is saved with what is trained.
     """
 
     path: str = EMBEDDED_MODEL
@@ -40,12 +42,15 @@ class ModelSection(Section):
 
 
 class DatasetSection(Section):
-    """path: a JSONL, JSON, CSV or Parquet file (also .gz), a hub name, or `embedded:prompts|demonstrations`."""
+    """path: a JSONL, JSON, CSV or Parquet file (also .gz), a hub name, or
+    `embedded:prompts|demonstrations`."""
 
     path: str
     split: str = "train"
     name: str | None = Field(None, description="the hub dataset's configuration")
-    limit: Positive | None = Field(None, description="use only the first rows, after shuffling by the run's seed")
+    limit: Positive | None = Field(
+        None, description="use only the first rows, after shuffling by the run's seed"
+    )
 
 
 class OptimizerSection(Section):
@@ -62,7 +67,8 @@ class TrainingSection(Section):
     """How every trained model (policy, critic, reward model) is trained.
 
     precision: `mixed` is float32 master weights with bfloat16 autocast; `float32` is exact and slow.
-    tokens_per_micro_batch: budget of padded tokens in one forward/backward; raises or lowers memory, never the result.
+    tokens_per_micro_batch: budget of padded tokens in one forward/backward; raises or lowers memory, never
+    the result.
     packing: sequences of a micro-batch in one row, without padding; pays with FlashAttention on a GPU.
     """
 
@@ -87,9 +93,10 @@ class EngineSection(Section):
 class SyncSection(Section):
     """When and how strictly the engine's weights are checked against the trainer's after a sync.
 
-    tolerance: largest accepted mean |difference| of a probe's token log-probs, in nats. On prompts of a 135M model a
-    bfloat16 engine and a bfloat16-autocast trainer differ by 0.05 to 0.1, wrong weights mostly by 0.5 to 10. Staleness
-    that hides below the tolerance is caught by following the trainer's movement (`rlhf_ray.weights.verify`).
+    tolerance: largest accepted mean |difference| of a probe's token log-probs, in nats. On prompts of a 135M
+    model a bfloat16 engine and a bfloat16-autocast trainer differ by 0.05 to 0.1, wrong weights mostly by 0.5
+    to 10. Staleness that hides below the tolerance is caught by following the trainer's movement
+    (`rlhf_ray.weights.verify`).
     """
 
     verify_first: NonNegative = 2
@@ -107,7 +114,9 @@ class SFTSection(Section):
     max_steps: Positive | None = Field(None, description="stop early, whatever num_epochs says")
     batch_size: Positive = 16
     max_length: Positive = 512
-    eval_every: Positive | None = Field(None, description="steps; held-out rows are always evaluated at the end")
+    eval_every: Positive | None = Field(
+        None, description="steps; held-out rows are always evaluated at the end"
+    )
     optimizer: OptimizerSection = OptimizerSection(learning_rate=2e-5)
 
 
@@ -140,7 +149,9 @@ class PreferencesSection(Section):
     """Answers prompts several times and asks annotators which answer is better."""
 
     model: ModelSection | None = None
-    dataset: DatasetSection | None = Field(None, description="prompts; not needed when all annotators are files")
+    dataset: DatasetSection | None = Field(
+        None, description="prompts; not needed when all annotators are files"
+    )
     annotators: tuple[Annotator, ...] = (SimulatedAnnotator(),)
     num_generations: Annotated[int, Field(ge=2)] = 4
     pairs_per_prompt: Positive = 2
@@ -155,7 +166,9 @@ class RewardSection(Section):
 
     model: ModelSection | None = None
     dataset: DatasetSection | None = None
-    held_out: float = Field(0.15, gt=0, description="prompts kept for evaluation: a fraction below 1, or a count")
+    held_out: float = Field(
+        0.15, gt=0, description="prompts kept for evaluation: a fraction below 1, or a count"
+    )
     split_by: Literal["prompt", "first_turn"] = Field(
         "prompt", description="what pairs may not share across the split"
     )
@@ -179,7 +192,8 @@ class ModelReward(Section):
 
 
 class FunctionReward(Section):
-    """A Python function `f(prompts, completions, **columns) -> list[float | None]` by import path `module:name`.
+    """A Python function `f(prompts, completions, **columns) -> list[float | None]` by import path
+    `module:name`.
 
     With weight 0 it is computed and shown, and not trained on: a gold score beside the proxy.
     """
@@ -197,7 +211,8 @@ class OnlineSection(Section):
     """Reinforcement learning on the policy's own samples: PPO with a critic.
 
     KL to the reference: `kl_placement: reward` subtracts kl_coef * k1 from every token's reward;
-    `loss` adds kl_coef * (k2 or k3) to the loss. With `kl_target`, kl_coef adapts (Ziegler et al. 2019, section 2.2).
+    `loss` adds kl_coef * (k2 or k3) to the loss. With `kl_target`, kl_coef adapts (Ziegler et al. 2019,
+    section 2.2).
     """
 
     algorithm: Literal["ppo"] = "ppo"
@@ -222,7 +237,8 @@ class OnlineSection(Section):
     lam: float = Field(0.95, ge=0, le=1)
     entropy_coef: float = Field(0.0, ge=0)
     loss_aggregation: Literal["token", "sequence"] = Field(
-        "token", description="mean over all tokens of the batch, or mean over sequences of each one's token mean"
+        "token",
+        description="mean over all tokens of the batch, or mean over sequences of each one's token mean",
     )
 
     kl_coef: float = Field(0.05, ge=0)
@@ -233,7 +249,9 @@ class OnlineSection(Section):
 
     missing_eos_penalty: float = Field(0.0, ge=0)
     reward_clip: float | None = Field(None, gt=0)
-    normalize_rewards: bool = Field(False, description="divide by the running standard deviation of the score")
+    normalize_rewards: bool = Field(
+        False, description="divide by the running standard deviation of the score"
+    )
     whiten_rewards: bool = False
     whiten_advantages: bool = True
 
@@ -242,7 +260,9 @@ class OnlineSection(Section):
     optimizer: OptimizerSection = OptimizerSection(learning_rate=3e-6)
     critic_optimizer: OptimizerSection = OptimizerSection(learning_rate=1e-5)
 
-    eval_every: Positive | None = Field(None, description="steps; held-out prompts are always judged at start and end")
+    eval_every: Positive | None = Field(
+        None, description="steps; held-out prompts are always judged at start and end"
+    )
 
     @property
     def samples_per_step(self) -> int:
@@ -263,13 +283,25 @@ class OnlineSection(Section):
             )
         if self.samples_per_step % self.num_mini_batches:
             mistakes.append(
-                f"num_mini_batches={self.num_mini_batches}: does not divide prompts_per_step * num_generations = "
-                f"{self.samples_per_step}"
+                f"num_mini_batches={self.num_mini_batches}: does not divide "
+                f"prompts_per_step * num_generations = {self.samples_per_step}"
             )
         if self.critic_init == "reward" and not any(r.type == "model" for r in self.rewards):
-            mistakes.append("critic_init=reward: none of the rewards is of type model; use critic_init: policy")
+            mistakes.append(
+                "critic_init=reward: none of the rewards is of type model; use critic_init: policy"
+            )
         if all(reward.weight == 0 for reward in self.rewards):
             mistakes.append("rewards: every weight is 0, so there is nothing to train on")
+        if self.critic_warmup_steps >= self.num_steps:
+            mistakes.append(
+                f"critic_warmup_steps={self.critic_warmup_steps}: the policy would never be trained in "
+                f"num_steps={self.num_steps}; use fewer"
+            )
+        if self.kl_target is not None and self.samples_per_step >= 5 * self.kl_horizon:
+            mistakes.append(
+                f"kl_horizon={self.kl_horizon}: so short that kl_coef could fall below 0 in one step; "
+                f"use more than {self.samples_per_step // 5}"
+            )
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
             mistakes.append(f"rewards: names must differ, these do not: {', '.join(names)}")
@@ -279,8 +311,9 @@ class OnlineSection(Section):
 
 
 class RoleSection(Section):
-    """What one role takes. `auto` shares the machine: one GPU an actor where there are GPUs, else equal shares of
-    the CPUs, every actor of a role with as many threads as the role has cores to itself while it works."""
+    """What one role takes. `auto` shares the machine: one GPU an actor where there are GPUs, else equal
+    shares of the CPUs, every actor of a role with as many threads as the role has cores to itself while it
+    works."""
 
     count: Positive = Field(1, description="ranks of a trained model, or engines")
     cpus: float | Literal["auto"] = "auto"
@@ -303,7 +336,9 @@ class PlacementSection(Section):
 class WandbSection(Section):
     project: str = "rlhf_ray"
     mode: Literal["online", "offline"] = "offline"
-    api_key: SecretStr | None = Field(None, description="better left to the environment variable WANDB_API_KEY")
+    api_key: SecretStr | None = Field(
+        None, description="better left to the environment variable WANDB_API_KEY"
+    )
 
 
 class LoggingSection(Section):
@@ -360,8 +395,12 @@ class RunConfig(Section):
             mistakes.append(f"no stage: add one of the sections {', '.join(STAGES)}")
         if len(present) > 1 and not self.pipeline:
             mistakes.append(f"pipeline: missing; say in which order to run {', '.join(present)}")
-        mistakes += [f"pipeline: '{name}' has no section of its own" for name in self.pipeline if name not in present]
-        mistakes += [f"{name}: not in pipeline" for name in present if self.pipeline and name not in self.pipeline]
+        mistakes += [
+            f"pipeline: '{name}' has no section of its own" for name in self.pipeline if name not in present
+        ]
+        mistakes += [
+            f"{name}: not in pipeline" for name in present if self.pipeline and name not in self.pipeline
+        ]
         if len(set(self.pipeline)) != len(self.pipeline):
             mistakes.append("pipeline: a stage may appear once")
         if mistakes:

@@ -162,8 +162,9 @@ def _build(
     if not on_gpu:
         device_options = {
             "kv_cache_memory_bytes": int(section.cpu_kv_cache_gib * 2**30),
-            # vLLM winds a seeded request's random generator back after each piece of a prompt, which the CPU's generator
-            # cannot do; so prompts are taken whole, and a batch must have room for the longest.
+            # vLLM winds a seeded request's random generator back after each piece of a prompt, which the
+            # CPU's generator cannot do; so prompts are taken whole, and a batch must have room for the
+            # longest.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len),
         }

@@ -84,7 +84,7 @@ def test_enough_gpus_are_one_an_actor_or_as_many_as_an_engine_is_parallel() -> N
 @pytest.mark.actors
 @pytest.mark.usefixtures("ray_cluster")
 class TestOnACluster:
-    """Two CPUs and 4 GiB of memory."""
+    """Two CPUs and 16 GiB of memory."""
 
     def test_too_many_cpus_are_refused_at_once(self, tmp_path: Path) -> None:
         start = time.monotonic()
@@ -93,18 +93,18 @@ class TestOnACluster:
         assert time.monotonic() - start < 5
         assert str(caught.value) == (
             "placement: asks for 1 x policy with 100 CPU, 0.5 GiB memory. The cluster has 2 CPU, 0 GPU, "
-            "4.0 GiB memory. Missing: 98 CPU more. Lower placement.<role>.count, cpus or gpus, use a smaller "
+            "16.0 GiB memory. Missing: 98 CPU more. Lower placement.<role>.count, cpus or gpus, use a smaller "
             "model, or give the cluster more"
         )
 
     def test_too_much_memory_is_refused_at_once(self, tmp_path: Path) -> None:
         start = time.monotonic()
-        with pytest.raises(ResourceError, match=r"Missing: 999996\.0 GiB memory more\."):
+        with pytest.raises(ResourceError, match=r"Missing: 999984\.0 GiB memory more\."):
             Placement([demand("engine", memory=10**6)], ALONE, RunFolder(tmp_path))
         assert time.monotonic() - start < 5
 
     def test_everything_that_is_missing_is_said(self, tmp_path: Path) -> None:
-        demands = [demand("policy", 3, cpus=1, memory=1), demand("engine", gpus=2, memory=2.5)]
+        demands = [demand("policy", 3, cpus=1, memory=1), demand("engine", gpus=2, memory=14.5)]
         with pytest.raises(ResourceError) as caught:
             Placement(demands, ALONE, RunFolder(tmp_path))
         assert "3 x policy with 1 CPU, 1.0 GiB memory; 1 x engine with " in str(caught.value)

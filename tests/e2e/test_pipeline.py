@@ -167,7 +167,8 @@ def test_the_reward_model_scores_alike_in_plain_transformers(
     model = AutoModelForSequenceClassification.from_pretrained(run / "reward" / "model", dtype=torch.float32)
     assert model.config.num_labels == 1
     for row in rollouts(run / "online", 0):
-        prompt = tokenizer.encode(row["prompt"], add_special_tokens=False)
+        question = [{"role": "user", "content": row["prompt"]}]
+        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
         ended = [] if row["finish_reason"] == "stop" else [tokenizer.eos_token_id]
         ids = torch.tensor([[*prompt, *row["response_ids"], *ended]])
         with torch.no_grad():
