@@ -12,7 +12,7 @@ import torch
 
 from actors.group import ActorGroup
 from launch.artefacts import Artefacts
-from launch.memory import PROCESS, num_parameters, trained_memory
+from launch.memory import PROCESS, model_size, trained_memory
 from launch.placement import Capacity, Placement, RoleDemand
 from rlhf_ray.config.loading import dump_config
 from rlhf_ray.config.schema import DatasetSection, ModelSection, OptimizerSection, RunConfig, StageName
@@ -91,7 +91,7 @@ class StageContext:
 
     def demand_trained(self, role: str, model: ModelSection) -> RoleDemand:
         section = getattr(self.config.placement, role)
-        memory = trained_memory(num_parameters(model), self.config.training, section.count)
+        memory = trained_memory(model_size(model), self.config.training, section.count)
         return RoleDemand(role, section, self.main_memory(memory))
 
     def main_memory(self, on_cpu: int) -> int:

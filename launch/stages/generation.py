@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from actors.group import ActorGroup
-from launch.memory import engine_memory, num_parameters
+from launch.memory import engine_memory, model_size
 from launch.placement import Placement, RoleDemand
 from launch.stages.context import StageContext
 from rlhf_ray.config.schema import DatasetSection, ModelSection
@@ -23,7 +23,7 @@ _FACTORIES = {
 
 def demand_engine(context: StageContext, model: ModelSection) -> RoleDemand:
     engine = context.config.engine
-    memory = context.main_memory(engine_memory(num_parameters(model), engine))
+    memory = context.main_memory(engine_memory(model_size(model), engine))
     return RoleDemand(
         "engine", context.config.placement.engine, memory, gpus_per_actor=engine.tensor_parallel_size
     )

@@ -17,7 +17,7 @@ from actors.roles import (
     RemoteReference,
     RemoteScorer,
 )
-from launch.memory import frozen_memory, num_parameters
+from launch.memory import frozen_memory, model_size
 from launch.placement import Placement, RoleDemand
 from launch.stages.context import StageContext
 from launch.stages.generation import build_engines, demand_engine
@@ -44,12 +44,12 @@ class OnlineModels:
 
 def demands(context: StageContext, models: OnlineModels) -> list[RoleDemand]:
     placement = context.config.placement
-    parameters = num_parameters(models.policy)
-    rewards = frozen_memory(parameters, len(models.reward_models))
+    size = model_size(models.policy)
+    rewards = frozen_memory(size, len(models.reward_models))
     return [
         context.demand_trained("policy", models.policy),
         context.demand_trained("critic", models.policy),
-        RoleDemand("reference", placement.reference, context.main_memory(frozen_memory(parameters))),
+        RoleDemand("reference", placement.reference, context.main_memory(frozen_memory(size))),
         RoleDemand("reward", placement.reward, context.main_memory(rewards)),
         demand_engine(context, models.policy),
     ]
