@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -43,18 +44,38 @@ def cluster(section: ClusterSection) -> Iterator[None]:
             log_to_driver=False,
         )
     else:
-        try:
-            ray.init(address=section.address, logging_level=logging.ERROR, log_to_driver=False)
-        except (ConnectionError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ResourceError(
-                f"cluster.address={section.address}: no Ray cluster answers there ({reason}); start one with "
-                "`ray start --head`, or leave the address out to use this machine"
-            ) from None
+        _join(section.address)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str) -> None:
+    try:
+        if address != "auto":
+            _knock(address)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    # Ray ends the process when a cluster that it knows of does not answer.
+    except (OSError, ValueError, RuntimeError, SystemExit) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ResourceError(
+            f"cluster.address={address}: no Ray cluster answers there ({reason}); start one with "
+            "`ray start --head`, or leave the address out to use this machine"
+        ) from None
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries for seven minutes.
+
+    Raises:
+        OSError: nobody listens. ValueError: not host:port.
+    """
+    host, separator, port = address.rpartition(":")
+    if not (host and separator and port.isdigit()):
+        raise ValueError("write it as host:port, or auto")
+    with socket.create_connection((host, int(port)), timeout=10):
+        pass
 
 
 def usable_cpus() -> int:

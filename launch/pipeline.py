@@ -45,11 +45,10 @@ def run(config: RunConfig, *, quiet: bool = False) -> RunResult:
         raise ConfigError(*mistakes)
     root = RunFolder(config.output_dir)
     is_pipeline = bool(config.pipeline)
+    record = RunRecord(name="pipeline", config=dump_config(config), stages=config.pipeline)
+    if config.resume == "never":
+        root.refuse_foreign(record)  # before the first line of a log is written into it
     with ExitStack() as stack:
-        if is_pipeline:
-            record = RunRecord(name="pipeline", config=dump_config(config), stages=config.stages)
-            root.begin(record, resume=config.resume == "auto")
-            stack.enter_context(root.recording_outcome())
         terminal = stack.enter_context(capture_library_output(root.logs / "driver.log"))
         progress = open_progress(config.stages, terminal, quiet=quiet)
         stack.callback(progress.close)
@@ -59,6 +58,9 @@ def run(config: RunConfig, *, quiet: bool = False) -> RunResult:
         done = {name for name, folder in folders.items() if config.resume == "auto" and _is_done(folder)}
         if len(done) < len(folders):
             stack.enter_context(cluster(config.cluster))
+        if is_pipeline:
+            root.begin(record, resume=config.resume == "auto")
+            stack.enter_context(root.recording_outcome())
         for name, folder in folders.items():
             if name in done:
                 progress.message(f"{name}: done before")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.loading import Table, load_rows
 from rlhf_ray.data.skipped import Skipped
 from rlhf_ray.engines.deepspeed_engine import World
+from rlhf_ray.errors import DataError
 from rlhf_ray.loops.checkpoints import Checkpoints
 from rlhf_ray.loops.stage_run import StageRun
 from rlhf_ray.models.loading import eos_token_ids, load_tokenizer, materialise
@@ -29,6 +31,15 @@ from rlhf_ray.reporting.run_folder import RunFolder
 from rlhf_ray.workers.model_worker import WorkerSpec
 
 Example = TypeVar("Example")
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Say which dataset it is whose rows cannot be used; a stage has several."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error) if source in str(error) else f"{source}: {error}") from error
 
 
 @dataclass
@@ -57,7 +68,13 @@ class StageContext:
         chosen = section or default or self.artefacts.policy
         self.parents[role] = chosen.path
         # A folder on disk, so that vLLM and every actor load the same files; the cache makes this cheap.
-        return chosen.model_copy(update={"path": str(materialise(chosen))})
+        found = materialise(chosen)
+        # Actors may run in another folder than the driver.
+        absolute = {"path": str(found.resolve()) if isinstance(found, Path) else found}
+        template = chosen.chat_template
+        if template is not None and not template.startswith("embedded:"):
+            absolute["chat_template"] = str(Path(template).resolve())
+        return chosen.model_copy(update=absolute)
 
     def formatter(self, model: ModelSection) -> ChatFormatter:
         tokenizer = load_tokenizer(model)
@@ -70,7 +87,8 @@ class StageContext:
     ) -> list[Example]:
         table = load_rows(section, self.config.seed)
         self.data[table.source] = table.fingerprint
-        examples, skipped = convert(table)
+        with naming(section.path):
+            examples, skipped = convert(table)
         self.report_skipped(section.path, skipped)
         return examples
 

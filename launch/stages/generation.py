@@ -5,7 +5,7 @@ from __future__ import annotations
 from actors.group import ActorGroup
 from launch.memory import engine_memory, model_size
 from launch.placement import Placement, RoleDemand
-from launch.stages.context import StageContext
+from launch.stages.context import StageContext, naming
 from rlhf_ray.config.schema import DatasetSection, ModelSection
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.encoding import encode_prompts
@@ -66,6 +66,7 @@ def load_prompts(
     context: StageContext, section: DatasetSection, formatter: ChatFormatter, max_prompt_length: int
 ) -> Prompts:
     examples = context.examples(section, prompt_examples)
-    prompts, skipped = encode_prompts(examples, formatter, max_prompt_length)
+    with naming(section.path):
+        prompts, skipped = encode_prompts(examples, formatter, max_prompt_length)
     context.report_skipped(section.path, skipped)
     return prompts

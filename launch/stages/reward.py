@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from actors.roles import RemoteRewardTrainer
-from launch.stages.context import StageContext
+from launch.stages.context import StageContext, naming
 from rlhf_ray.config.schema import RewardSection
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.encoding import encode_pairs
@@ -72,7 +72,8 @@ def _split(
         split_rows(keys, section.held_out, context.config.seed),
         strict=True,
     ):
-        pairs, skipped = encode_pairs([examples[i] for i in indices], formatter, section.max_length)
+        with naming(name):
+            pairs, skipped = encode_pairs([examples[i] for i in indices], formatter, section.max_length)
         context.report_skipped(name, skipped)
         if not section.use_margin:
             pairs = replace(pairs, margin=np.zeros_like(pairs.margin))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from actors.roles import RemotePolicy
-from launch.stages.context import StageContext
+from launch.stages.context import StageContext, naming
 from rlhf_ray.config.schema import DatasetSection
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.encoding import encode_sft
@@ -57,6 +57,8 @@ def run_sft(context: StageContext) -> Metrics:
 def _rows(
     context: StageContext, section: DatasetSection, formatter: ChatFormatter, max_length: int
 ) -> SFTBatch:
-    rows, skipped = encode_sft(context.examples(section, sft_examples), formatter, max_length)
+    examples = context.examples(section, sft_examples)
+    with naming(section.path):
+        rows, skipped = encode_sft(examples, formatter, max_length)
     context.report_skipped(section.path, skipped)
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from dataclasses import dataclass
 
@@ -105,17 +106,16 @@ Plan = list[list[list[int]]]
 def plan_micro_batches(lengths: NDArray[np.int64], num_ranks: int, token_budget: int) -> Plan:
     """Group rows of similar length up to a budget of padded tokens, and give every rank an equal share.
 
-    Every rank computes the same plan from the same lengths, so nothing is communicated. A row longer than the
-    budget is a micro-batch by itself.
+    There are as few micro-batches as the budget allows (each costs time whatever its size), and they are as
+    equal as that leaves room for. Every rank computes the same plan from the same lengths, so nothing is
+    communicated. A row longer than the budget is a micro-batch by itself.
     """
-    total = int(lengths.sum())
-    budget = min(token_budget, max(int(lengths.max(initial=1)), -(-total // num_ranks)))
-    micro_batches: list[list[int]] = []
-    for row in np.argsort(-lengths, kind="stable"):
-        longest = lengths[micro_batches[-1][0]] if micro_batches else 0
-        if not micro_batches or longest * (len(micro_batches[-1]) + 1) > budget:
-            micro_batches.append([])
-        micro_batches[-1].append(int(row))
+    order = np.argsort(-lengths, kind="stable")
+    rounds = -(-len(_cut(order, lengths, token_budget)) // num_ranks)
+    fits = bisect.bisect_left(
+        range(token_budget), True, key=lambda budget: len(_cut(order, lengths, budget)) <= rounds * num_ranks
+    )
+    micro_batches = _cut(order, lengths, fits)
     # Longest processing time first: the next heaviest micro-batch goes to the least loaded rank.
     ranks: Plan = [[] for _ in range(num_ranks)]
     heap = [(0, rank) for rank in range(num_ranks)]
@@ -125,3 +125,14 @@ def plan_micro_batches(lengths: NDArray[np.int64], num_ranks: int, token_budget:
         heapq.heappush(heap, (load + int(lengths[rows[0]]) * len(rows), rank))
     rounds = max(len(batches) for batches in ranks)
     return [batches + [[]] * (rounds - len(batches)) for batches in ranks]
+
+
+def _cut(order: NDArray[np.int64], lengths: NDArray[np.int64], budget: int) -> list[list[int]]:
+    """Cut rows, in order of falling length, where the next would exceed the budget of padded tokens."""
+    micro_batches: list[list[int]] = []
+    for row in order:
+        longest = lengths[micro_batches[-1][0]] if micro_batches else 0
+        if not micro_batches or longest * (len(micro_batches[-1]) + 1) > budget:
+            micro_batches.append([])
+        micro_batches[-1].append(int(row))
+    return micro_batches

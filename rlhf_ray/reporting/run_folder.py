@@ -124,7 +124,7 @@ class RunFolder:
         """
         earlier = self.read() if resume and self.run_path.exists() else None
         if earlier is None:
-            self._refuse_foreign(record)
+            self.refuse_foreign(record)
         self._began = time.monotonic()
         record = replace(record, versions=installed_versions(), status="running", started=_now())
         if earlier is not None:
@@ -196,7 +196,8 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _refuse_foreign(self, record: RunRecord) -> None:
+    def refuse_foreign(self, record: RunRecord) -> None:
+        """Raises: ConfigError: the folder holds another run, or files that `record`'s would overwrite."""
         if self.run_path.exists():
             raise ConfigError(
                 f"output_dir={self.path}: holds another run; continue it with resume=auto, "

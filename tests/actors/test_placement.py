@@ -93,8 +93,8 @@ class TestOnACluster:
         assert time.monotonic() - start < 5
         assert str(caught.value) == (
             "placement: asks for 1 x policy with 100 CPU, 0.5 GiB memory. The cluster has 2 CPU, 0 GPU, "
-            "16.0 GiB memory. Missing: 98 CPU more. Lower placement.<role>.count, cpus or gpus, use a smaller "
-            "model, or give the cluster more"
+            "16.0 GiB memory. Missing: 98 CPU more. Lower placement.<role>.count, cpus or gpus, use a "
+            "smaller model, or give the cluster more"
         )
 
     def test_too_much_memory_is_refused_at_once(self, tmp_path: Path) -> None:

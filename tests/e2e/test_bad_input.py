@@ -117,6 +117,7 @@ def test_too_many_cpus(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert err.startswith("placement: asks for 1 x policy with 100 CPU, ")
     assert "The cluster has 2 CPU, 0 GPU, 16.0 GiB memory. Missing: " in err
     assert RunFolder(here / "run").read().status == "failed"
+    assert not (here / "run" / "model").exists()
 
 
 def test_prompts_that_are_all_too_long(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -137,3 +138,4 @@ def test_no_cluster_answers(rlhf_ray: CommandLine, here: Path) -> None:
     assert finished.code == 2
     assert finished.err.startswith("rlhf-ray: cluster.address=127.0.0.1:9: no Ray cluster answers there")
     assert "Traceback" not in finished.err
+    assert not (here / "run" / "run.json").exists()

@@ -51,7 +51,7 @@ def battered(rlhf_ray: CommandLine) -> Battered:
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
 
     second = rlhf_ray.start(*words, "--resume", REWARD_TAKES="1")
-    # Steps 1 and 2 are done, and the checkpoint is that after step 1: step 2 is lost and has to be done again.
+    # Steps 1 and 2 are done, and saved is what step 1 left: step 2 is lost and has to be done again.
     second.wait_until(lambda: steps()[-1:] == [2], timeout=200)
     second.kill()
     at_the_cut = steps()
