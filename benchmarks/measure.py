@@ -3,6 +3,7 @@ go."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from rlhf_ray.reporting.metrics_log import RunResult, load_run
 
 GIB = 1 << 30
 
@@ -92,5 +95,25 @@ def write_json(path: Path | None, result: object) -> None:
         path.write_text(json.dumps({"environment": environment(), "result": result}, indent=2) + "\n")
 
 
-def train_command(config: str, overrides: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "launch", "train", config, *overrides]
+def train_seed(config: str, seed: int, folder: Path, overrides: Sequence[str]) -> tuple[Measured, RunResult]:
+    """Run a packaged configuration as a user would, in a process of its own.
+
+    Raises:
+        SystemExit: the run failed; names its log.
+    """
+    output, log = folder / f"seed-{seed}", folder / f"seed-{seed}.log"
+    words = [config, f"output_dir={output}", f"seed={seed}", *overrides]
+    measured = run_measured([sys.executable, "-m", "launch", "train", *words], log)
+    if measured.exit_code:
+        raise SystemExit(f"seed {seed} failed: see {log}")
+    return measured, load_run(output)
+
+
+def seeds_parser(name: str, about: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark over seeds; what is left over are overrides of the configuration."""
+    parser = argparse.ArgumentParser(prog=f"rlhf-ray bench {name}", description=about)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, help="keep the runs here")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key.path=value")
+    return parser

@@ -5,7 +5,6 @@ rlhf-ray bench quickstart --seeds 0 1 2 --json quickstart.json
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import GIB, run_measured, train_command, write_json
-from rlhf_ray.reporting.metrics_log import load_run
+from benchmarks.measure import GIB, seeds_parser, train_seed, write_json
+from rlhf_ray.reporting.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,7 @@ class SeedResult:
 
 
 def measure_seed(seed: int, folder: Path, overrides: Sequence[str]) -> SeedResult:
-    output = folder / f"seed-{seed}"
-    command = train_command("configs/quickstart.yaml", [f"output_dir={output}", f"seed={seed}", *overrides])
-    measured = run_measured(command, folder / f"seed-{seed}.log")
-    if measured.exit_code:
-        raise SystemExit(f"seed {seed} failed: see {folder / f'seed-{seed}.log'}")
-    run = load_run(output)
+    measured, run = train_seed("configs/quickstart.yaml", seed, folder, overrides)
     sft, reward = run.stage("sft").metrics[-1], run.stage("reward").metrics[-1]
     summary = run.stage("online").summary
     rewards = summary["rewards"]
@@ -70,14 +64,10 @@ def measure_seed(seed: int, folder: Path, overrides: Sequence[str]) -> SeedResul
 
 
 def _minutes(folder: Path) -> float:
-    from rlhf_ray.reporting.run_folder import RunFolder
-
     return RunFolder(folder).read().seconds / 60
 
 
 def _final(folder: Path, metric: str) -> float:
-    from rlhf_ray.reporting.run_folder import RunFolder
-
     return RunFolder(folder).read().metrics[metric]
 
 
@@ -117,11 +107,7 @@ def table_of(results: Sequence[SeedResult]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rlhf-ray bench quickstart", description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, help="keep the runs here")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("overrides", nargs="*", help="key.path=value")
+    parser = seeds_parser("quickstart", __doc__)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)

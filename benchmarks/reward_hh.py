@@ -7,7 +7,6 @@ Without --data the dataset is the hub's. Each seed splits anew, by the first hum
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,8 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import run_measured, train_command, write_json
-from rlhf_ray.reporting.metrics_log import load_run
+from benchmarks.measure import seeds_parser, train_seed, write_json
 
 
 @dataclass(frozen=True)
@@ -34,12 +32,8 @@ class SeedResult:
 
 
 def measure_seed(seed: int, folder: Path, overrides: Sequence[str]) -> SeedResult:
-    output = folder / f"seed-{seed}"
-    command = train_command("configs/reward-hh.yaml", [f"output_dir={output}", f"seed={seed}", *overrides])
-    measured = run_measured(command, folder / f"seed-{seed}.log")
-    if measured.exit_code:
-        raise SystemExit(f"seed {seed} failed: see {folder / f'seed-{seed}.log'}")
-    final = load_run(output).stage("reward").metrics[-1]
+    measured, run = train_seed("configs/reward-hh.yaml", seed, folder, overrides)
+    final = run.stage("reward").metrics[-1]
     return SeedResult(
         seed=seed,
         minutes=measured.seconds / 60,
@@ -85,12 +79,8 @@ def table_of(results: Sequence[SeedResult]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rlhf-ray bench reward_hh", description=__doc__)
+    parser = seeds_parser("reward_hh", __doc__)
     parser.add_argument("--data", type=Path, help="JSONL of chosen and rejected dialogues")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, help="keep the runs here")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("overrides", nargs="*", help="key.path=value")
     args = parser.parse_args(argv)
     overrides = [*([f"reward.dataset.path={args.data.resolve()}"] if args.data else []), *args.overrides]
     with tempfile.TemporaryDirectory() as temporary:
