@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import cast
 
@@ -38,13 +39,13 @@ EXACT: Tree = {
 ONLINE: Tree = {
     **EXACT,
     "online": {
-        "dataset": {"path": "embedded:prompts", "limit": 16},
-        "eval_dataset": {"path": "embedded:prompts", "split": "test", "limit": 4},
+        "dataset": {"path": "prompts.jsonl"},
+        "eval_dataset": {"path": "held-out.jsonl"},
         "rewards": [{"type": "function", "name": "vowels", "function": "my_rewards:vowels"}],
         "num_steps": 5,
-        "prompts_per_step": 4,
+        "prompts_per_step": 6,
         "num_generations": 2,
-        "max_prompt_length": 128,
+        "max_prompt_length": 300,
         "max_completion_length": 12,
         "critic_init": "policy",
         "kl_target": 1.0,
@@ -53,7 +54,10 @@ ONLINE: Tree = {
     },
     "checkpoint": {"every": 2},
 }
-"""PPO on a function; everything that a checkpoint has to carry is in use."""
+"""PPO on a function; everything that a checkpoint has to carry is in use. Steps run over the end of an epoch."""
+
+PREAMBLE = "You are a cook with much patience. " * 6
+"""More tokens than a block of vLLM's prefix cache has: what was cached under earlier weights would be used again."""
 
 PIPELINE: Tree = {
     **EXACT,
@@ -105,6 +109,10 @@ def make_workplace(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tiny_model_folder(folder / "tiny")
     (folder / "my_rewards.py").write_text(REWARDS)
+    for name, count in (("prompts", 16), ("held-out", 4)):
+        texts = [f"{PREAMBLE}How long do I boil {number} eggs for the {name}?" for number in range(count)]
+        lines = [json.dumps({"prompt": text, "eggs": number}) + "\n" for number, text in enumerate(texts)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
     for name, tree in (("online", ONLINE), ("pipeline", PIPELINE)):
         write_config(folder / f"{name}.yaml", {"output_dir": f"runs/{name}", **tree})
     return folder
