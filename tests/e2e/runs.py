@@ -53,11 +53,12 @@ ONLINE: Tree = {
         "optimizer": {"learning_rate": 1e-3, "lr_scheduler": "linear"},
     },
     "checkpoint": {"every": 2},
+    "sync": {"verify_first": 1, "verify_every": 3},
 }
-"""PPO on a function; everything that a checkpoint has to carry is in use. Steps run over the end of an epoch."""
+"""PPO on a function. All that a checkpoint has to carry is in use, and the steps pass the end of an epoch."""
 
 PREAMBLE = "You are a cook with much patience. " * 6
-"""More tokens than a block of vLLM's prefix cache has: what was cached under earlier weights would be used again."""
+"""Longer than a block of vLLM's prefix cache: what was cached under earlier weights could be used again."""
 
 PIPELINE: Tree = {
     **EXACT,
@@ -124,8 +125,8 @@ def write_config(path: Path, tree: Tree) -> Path:
 
 
 def untimed(run: Path) -> list[MetricsRow]:
-    """The metrics of every step, without what depends on the clock."""
-    timed = ("time", "perf/tokens_per_second")
+    """The metrics of every step, without what depends on the clock, or on when a sync was last verified."""
+    timed = ("time", "perf/tokens_per_second", "sync/probe_moved", "sync/probe_followed")
     rows = read_metrics(run / "metrics.jsonl")
     return [
         {name: value for name, value in row.items() if name not in timed and not name.startswith("time/")}

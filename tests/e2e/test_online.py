@@ -29,10 +29,13 @@ def test_the_first_step_starts_at_the_reference_and_later_ones_leave_it(online_r
 
 
 def test_syncs_are_verified_when_they_are_to_be(online_run: Path) -> None:
-    """The first two and every tenth version, and the one that sampling starts with."""
+    """The first and every third version: what steps 0 and 2 publish."""
     rows = read_metrics(online_run / "metrics.jsonl")
-    assert ["sync/probe_mean" in row for row in rows] == [True, True, False, False, False]
-    assert all(float(row["sync/probe_mean"]) < 1e-4 for row in rows[:2])
+    assert ["sync/probe_mean" in row for row in rows] == [True, False, True, False, False]
+    for row in (rows[0], rows[2]):
+        assert float(row["sync/probe_mean"]) < 1e-4
+        assert float(row["sync/probe_moved"]) > 0.01
+        assert row["sync/probe_followed"] == pytest.approx(1.0, abs=1e-2)
 
 
 def test_every_prompt_is_used_once_an_epoch(online_run: Path) -> None:

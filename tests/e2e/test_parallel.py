@@ -35,6 +35,7 @@ def run(rlhf_ray: CommandLine) -> Path:
         "placement.engine.count=2",
         "training.zero_stage=3",
         "online.num_steps=2",
+        "sync.verify_first=2",
         timeout=280,
     )
     assert finished.code == 0, finished.err
