@@ -12,8 +12,15 @@ The usual entry from Python::
 from rlhf_ray.errors import ConfigError, DataError, ModelError, RlhfRayError, UserError
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "DataError", "ModelError", "RlhfRayError", "UserError", "__version__",
-"load_config"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "ModelError",
+    "RlhfRayError",
+    "UserError",
+    "__version__",
+    "load_config",
+]
 
 
 def __getattr__(name: str) -> object:

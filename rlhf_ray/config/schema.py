@@ -114,9 +114,7 @@ class SFTSection(Section):
     max_steps: Positive | None = Field(None, description="stop early, whatever num_epochs says")
     batch_size: Positive = 16
     max_length: Positive = 512
-    eval_every: Positive | None = Field(
-        None, description="steps; held-out rows are always evaluated at the end"
-    )
+    eval_every: Positive | None = None
     optimizer: OptimizerSection = OptimizerSection(learning_rate=2e-5)
 
 
@@ -149,9 +147,7 @@ class PreferencesSection(Section):
     """Answers prompts several times and asks annotators which answer is better."""
 
     model: ModelSection | None = None
-    dataset: DatasetSection | None = Field(
-        None, description="prompts; not needed when all annotators are files"
-    )
+    dataset: DatasetSection | None = Field(None, description="prompts; none if all annotators are files")
     annotators: tuple[Annotator, ...] = (SimulatedAnnotator(),)
     num_generations: Annotated[int, Field(ge=2)] = 4
     pairs_per_prompt: Positive = 2
@@ -166,9 +162,7 @@ class RewardSection(Section):
 
     model: ModelSection | None = None
     dataset: DatasetSection | None = None
-    held_out: float = Field(
-        0.15, gt=0, description="prompts kept for evaluation: a fraction below 1, or a count"
-    )
+    held_out: float = Field(0.15, gt=0, description="for evaluation: a fraction below 1, or a count")
     split_by: Literal["prompt", "first_turn"] = Field(
         "prompt", description="what pairs may not share across the split"
     )
@@ -249,9 +243,7 @@ class OnlineSection(Section):
 
     missing_eos_penalty: float = Field(0.0, ge=0)
     reward_clip: float | None = Field(None, gt=0)
-    normalize_rewards: bool = Field(
-        False, description="divide by the running standard deviation of the score"
-    )
+    normalize_rewards: bool = Field(False, description="by the running standard deviation")
     whiten_rewards: bool = False
     whiten_advantages: bool = True
 
@@ -260,9 +252,7 @@ class OnlineSection(Section):
     optimizer: OptimizerSection = OptimizerSection(learning_rate=3e-6)
     critic_optimizer: OptimizerSection = OptimizerSection(learning_rate=1e-5)
 
-    eval_every: Positive | None = Field(
-        None, description="steps; held-out prompts are always judged at start and end"
-    )
+    eval_every: Positive | None = None
 
     @property
     def samples_per_step(self) -> int:

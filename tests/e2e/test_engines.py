@@ -50,7 +50,10 @@ def test_the_transformers_engine_runs_the_online_stage(workplace: Path) -> None:
 # A policy that hardly moved would pass any comparison of log-probs; that the engine did not follow tells.
 @pytest.mark.parametrize(
     ("learning_rate", "said"),
-    [(1e-3, "more than sync.tolerance=0.06"), (2e-5, "the engine still samples with earlier weights")],
+    [
+        pytest.param(1e-3, "more than sync.tolerance=0.06", marks=pytest.mark.slow),
+        (2e-5, "the engine still samples with earlier weights"),
+    ],
 )
 def test_an_engine_that_ignores_its_weights_stops_the_run(
     learning_rate: float,

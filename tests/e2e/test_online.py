@@ -9,7 +9,10 @@ import pytest
 from rlhf_ray.reporting.metrics_log import read_metrics
 from tests.e2e.runs import rollouts, weights
 
-pytestmark = pytest.mark.actors
+pytestmark = [
+    pytest.mark.actors,
+    pytest.mark.timeout(900),  # the first test waits for whole runs
+]
 
 
 def test_every_sample_is_of_the_current_weights(online_run: Path) -> None:

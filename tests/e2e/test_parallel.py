@@ -10,7 +10,10 @@ from rlhf_ray.reporting.metrics_log import read_metrics
 from tests.command_line import CommandLine
 from tests.e2e.runs import rollouts, untimed, weights
 
-pytestmark = pytest.mark.actors
+pytestmark = [
+    pytest.mark.actors,
+    pytest.mark.timeout(900),  # the first test waits for whole runs
+]
 
 SAMPLED = (
     "prompt_id",

@@ -25,7 +25,10 @@ from rlhf_ray.reporting.run_folder import RunFolder
 from tests.command_line import CommandLine, Finished
 from tests.e2e.runs import rollouts, weights
 
-pytestmark = pytest.mark.actors
+pytestmark = [
+    pytest.mark.actors,
+    pytest.mark.timeout(900),  # the first test waits for whole runs
+]
 
 STAGES = ("sft", "preferences", "reward", "online")
 QUESTION = [{"role": "user", "content": "How do I boil an egg?"}]

@@ -12,7 +12,10 @@ from rlhf_ray.reporting.run_folder import RunFolder
 from tests.command_line import CommandLine, Finished
 from tests.e2e.runs import assert_same_weights, contents, rollouts, untimed
 
-pytestmark = pytest.mark.actors
+pytestmark = [
+    pytest.mark.actors,
+    pytest.mark.timeout(900),  # the first test waits for whole runs
+]
 
 
 @dataclass(frozen=True)
