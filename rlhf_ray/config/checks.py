@@ -41,6 +41,7 @@ from rlhf_ray.config.schema import (
     StageName,
 )
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.reporting.run_folder import RunFolder
 
 Finding = tuple[KeyPath, str]
 S = TypeVar("S", bound=Section)
@@ -143,7 +144,7 @@ def _output_dir(parts: Parts) -> Iterator[Finding]:
         yield ("output_dir",), f"{existing} is a file; choose another output_dir"
     elif not os.access(existing, os.W_OK | os.X_OK):
         yield ("output_dir",), f"{existing.absolute()} may not be written to; choose another output_dir"
-    elif os.path.exists(folder / "run.json") and parts.document.value(("resume",)) != "auto":
+    elif RunFolder(folder).holds_run() and parts.document.value(("resume",)) != "auto":
         yield ("output_dir",), "holds another run; continue it with resume=auto, or choose another output_dir"
 
 

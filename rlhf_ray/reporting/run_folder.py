@@ -196,13 +196,27 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def holds_run(self) -> bool:
+        """Whether a run here has done something; one that failed before its first step has not."""
+        if not self.run_path.exists():
+            return False
+        try:
+            record = self.read()
+        except DataError:
+            return True  # damaged: whatever it was, it is not ours to overwrite
+        folders = [self, *(self.stage(name) for name in record.stages)]
+        logs = [folder.metrics_path for folder in folders]
+        return record.status != "failed" or any(log.exists() and log.stat().st_size for log in logs)
+
     def refuse_foreign(self, record: RunRecord) -> None:
         """Raises: ConfigError: the folder holds another run, or files that `record`'s would overwrite."""
-        if self.run_path.exists():
+        if self.holds_run():
             raise ConfigError(
                 f"output_dir={self.path}: holds another run; continue it with resume=auto, "
                 "or choose another output_dir"
             )
+        if self.run_path.exists():
+            return
         in_the_way = [name for name in (*_OWN_NAMES, *record.stages) if (self.path / name).exists()]
         if in_the_way:
             raise ConfigError(

@@ -150,3 +150,16 @@ def test_jsonl_forgives_a_torn_last_line_only(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n{"a"\n{"a": 3}\n')
     with pytest.raises(DataError, match=r"x\.jsonl:2: not JSON"):
         read_lines(path)
+
+
+def test_a_run_that_failed_before_its_first_step_may_be_tried_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(RunRecord(name="sft", config={}), resume=False)
+    folder.finish("failed", error="DataError: no such file")
+    assert not folder.holds_run()
+    assert folder.begin(RunRecord(name="sft", config={}), resume=False).status == "running"
+    folder.metrics_path.write_text('{"step": 0}\n')
+    folder.finish("failed", error="WorkerError: out of memory")
+    assert folder.holds_run()
+    with pytest.raises(ConfigError, match="holds another run"):
+        folder.begin(RunRecord(name="sft", config={}), resume=False)
