@@ -109,11 +109,12 @@ def table_of(results: Sequence[SeedResult]) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = seeds_parser("quickstart", __doc__)
     args = parser.parse_args(argv)
+    results: list[SeedResult] = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        results = [measure_seed(seed, folder, args.overrides) for seed in args.seeds]
+        for seed in args.seeds:
+            results.append(measure_seed(seed, args.folder or Path(temporary), args.overrides))
+            write_json(args.json, [asdict(result) for result in results])  # a later seed may fail
     Console().print(table_of(results))
-    write_json(args.json, [asdict(result) for result in results])
     return 0
 
 

@@ -83,11 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="JSONL of chosen and rejected dialogues")
     args = parser.parse_args(argv)
     overrides = [*([f"reward.dataset.path={args.data.resolve()}"] if args.data else []), *args.overrides]
+    results: list[SeedResult] = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        results = [measure_seed(seed, folder, overrides) for seed in args.seeds]
+        for seed in args.seeds:
+            results.append(measure_seed(seed, args.folder or Path(temporary), overrides))
+            write_json(args.json, [asdict(result) for result in results])  # a later seed may fail
     Console().print(table_of(results))
-    write_json(args.json, [asdict(result) for result in results])
     return 0
 
 
