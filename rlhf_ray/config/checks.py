@@ -134,11 +134,18 @@ def _valid_sections(raw: Raw, node: outline.Node, path: KeyPath) -> Iterator[tup
         yield from _valid_sections(value, outline.properties(here)[key], (*path, key))
 
 
+LONGEST_NAME = 255
+"""Bytes of a file's name; the limit of the usual file systems."""
+
+
 def _output_dir(parts: Parts) -> Iterator[Finding]:
     written = parts.document.value(("output_dir",))
     if not isinstance(written, str):
         return
     folder = Path(written)
+    if any(len(name.encode("utf-8", "surrogatepass")) > LONGEST_NAME for name in folder.parts):
+        yield ("output_dir",), f"a name in it is longer than {LONGEST_NAME} bytes; choose another output_dir"
+        return
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not os.path.isdir(existing):
         yield ("output_dir",), f"{existing} is a file; choose another output_dir"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -198,7 +199,7 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Whether a run here has done something; one that failed before its first step has not."""
-        if not self.run_path.exists():
+        if not os.path.exists(self.run_path):  # never raises, whatever the name
             return False
         try:
             record = self.read()
