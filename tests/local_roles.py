@@ -7,9 +7,11 @@ and worlds of several ranks live in processes of their own (`run_ranks`).
 from __future__ import annotations
 
 import functools
+import os
 import pickle
 import random
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +119,12 @@ def _rank(
     torch.set_num_threads(1)
     result = function(World(rank, size, master, threads=1, use_gpu=False), *args)
     (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Gloo's threads may outlive the interpreter; the C++ library then aborts a process that has done well.
+    os._exit(0)
 
 
 def online_section(**options: object) -> OnlineSection:

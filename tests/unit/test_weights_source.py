@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rlhf_ray.engines.deepspeed_engine import World, init_world
 from rlhf_ray.weights.broadcast import TensorSpec
 from rlhf_ray.weights.source import ModuleWeightSource, layer_groups
+from tests.local_roles import run_ranks
 from tests.tiny import tiny_model_folder
 
 LEARNING_RATE = 0.01
@@ -61,11 +63,9 @@ def test_groups_are_layers_by_the_outermost_number() -> None:
     assert layer_groups(names) == [names[:1], names[1:3], names[3:4], names[4:5], names[5:]]
 
 
-def zero_rank(rank: int, folder: str, rendezvous: str, out: str) -> None:
+def zero_rank(world: World, folder: str, out: str) -> None:
     """One rank: for ZeRO 1 and 3, one optimizer step, then all weights by the source; rank 0 saves them."""
-    from rlhf_ray.engines.deepspeed_engine import World, init_world
-
-    init_world(World(rank, 2, rendezvous, threads=1, use_gpu=False))
+    init_world(world)
     import deepspeed
 
     for stage in (1, 3):
@@ -91,17 +91,14 @@ def zero_rank(rank: int, folder: str, rendezvous: str, out: str) -> None:
             assert stage < 3 or whole < largest, "the parameters are partitioned again when a group is given"
             sent.update(zip(names, tensors, strict=True))
         assert source.metadata() == [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in sent.items()]
-        if rank == 0:
+        if world.rank == 0:
             torch.save({name: tensor.clone() for name, tensor in sent.items()}, f"{out}/zero{stage}.pt")
         engine.destroy()
 
 
 def test_two_ranks_at_zero_1_and_3_give_the_full_updated_weights(tmp_path: Path) -> None:
-    from tests.engine_process import free_port
-
     folder = tiny_model_folder(tmp_path / "model")
-    rendezvous = f"127.0.0.1:{free_port()}"
-    torch.multiprocessing.spawn(zero_rank, (str(folder), rendezvous, str(tmp_path)), nprocs=2)
+    run_ranks(zero_rank, 2, tmp_path, str(folder), str(tmp_path))
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.arange(3, 23)[None]
