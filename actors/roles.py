@@ -12,8 +12,9 @@ from actors.calls import Remote
 from actors.group import ActorGroup
 from rlhf_ray.config.schema import SyncSection
 from rlhf_ray.reporting.evaluation import EvalRecord
-from rlhf_ray.roles import Done, Pending
+from rlhf_ray.roles import Done, Pending, ScoredChunk
 from rlhf_ray.types import (
+    JudgedPair,
     Metrics,
     PairBatch,
     Prompts,
@@ -25,7 +26,6 @@ from rlhf_ray.types import (
     SFTBatch,
 )
 from rlhf_ray.weights.verify import Probe, ProbeHistory
-from rlhf_ray.workers.annotator import JudgedPair
 
 
 class RemoteGenerator:
@@ -160,9 +160,7 @@ class RemoteExperience:
 
     def prepare(
         self,
-        chunks: Sequence[Pending[Rollouts]],
-        scores: Sequence[Pending[Scores]],
-        ref_logprobs: Sequence[Pending[Ragged]],
+        chunks: Sequence[ScoredChunk],
         old_logprobs: Pending[Ragged],
         values: Pending[Ragged],
         step: int,
@@ -176,27 +174,22 @@ class RemoteExperience:
             kl_coef,
             old_logprobs,
             values,
-            *chunks,
-            *scores,
-            *ref_logprobs,
+            *_columns(chunks),
             kind="prepare",
         )
         return cast(Pending[RLBatch], batch), cast(Pending[Metrics], metrics)
 
-    def evaluate(
-        self,
-        chunks: Sequence[Pending[Rollouts]],
-        scores: Sequence[Pending[Scores]],
-        ref_logprobs: Sequence[Pending[Ragged]],
-        logprobs: Pending[Ragged],
-    ) -> Pending[list[EvalRecord]]:
-        return cast(
-            Pending[list[EvalRecord]],
-            self.group.call("evaluate", logprobs, *chunks, *scores, *ref_logprobs),
-        )
+    def evaluate(self, chunks: Sequence[ScoredChunk], logprobs: Pending[Ragged]) -> Pending[list[EvalRecord]]:
+        return cast(Pending[list[EvalRecord]], self.group.call("evaluate", logprobs, *_columns(chunks)))
 
     def state_dict(self) -> Pending[dict[str, float]]:
         return cast(Pending[dict[str, float]], self.group.call("state_dict"))
 
     def load_state_dict(self, state: dict[str, float]) -> Pending[None]:
         return cast(Pending[None], self.group.call("load_state_dict", Done(state)))
+
+
+def _columns(chunks: Sequence[ScoredChunk]) -> list[object]:
+    """Side by side, as arguments of a remote call: all rollouts, all scores, all reference log-probs."""
+    reference = [chunk.ref_logprobs for chunk in chunks if chunk.ref_logprobs is not None]
+    return [*[chunk.rollouts for chunk in chunks], *[chunk.scores for chunk in chunks], *reference]

@@ -57,9 +57,9 @@ publish lock-gpu.txt <<'HEADER'
 # Every package on a machine with an NVIDIA GPU: Python 3.11, Linux x86-64, CUDA 13. Written by lock.sh; install with
 # `pip install --no-deps`.
 #
-# Checked, from the packages' published metadata: this is a consistent resolution of base.in and gpu.in; every pin but
-# deepspeed has a wheel for glibc 2.31 and later; the versions are those of lock-cpu.txt, which the tests run on, except
-# where CUDA packages ask for others. Not checked: an installation of this file.
+# Checked, from the packages' published metadata: this is a consistent resolution of base.in and gpu.in, and its
+# versions are those of lock-cpu.txt, which the tests run on, except where CUDA packages ask for others.
+# Not checked: an installation of this file.
 
 HEADER
 publish lock-dev.txt <<'HEADER'

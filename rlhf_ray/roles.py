@@ -119,14 +119,25 @@ class RewardTrainer(Trained, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ScoredChunk:
+    """Rollouts, and what the frozen models say of them.
+
+    Fields:
+        ref_logprobs: None where there is no reference.
+    """
+
+    rollouts: Pending[Rollouts]
+    scores: Pending[Scores]
+    ref_logprobs: Pending[Ragged] | None
+
+
 class Experience(Protocol):
     """Turns scored rollouts into a training batch: reward shaping, advantages, returns; keeps the lineage."""
 
     def prepare(
         self,
-        chunks: Sequence[Pending[Rollouts]],
-        scores: Sequence[Pending[Scores]],
-        ref_logprobs: Sequence[Pending[Ragged]],
+        chunks: Sequence[ScoredChunk],
         old_logprobs: Pending[Ragged],
         values: Pending[Ragged],
         step: int,
@@ -142,13 +153,7 @@ class Experience(Protocol):
         """
         ...
 
-    def evaluate(
-        self,
-        chunks: Sequence[Pending[Rollouts]],
-        scores: Sequence[Pending[Scores]],
-        ref_logprobs: Sequence[Pending[Ragged]],
-        logprobs: Pending[Ragged],
-    ) -> Pending[list[EvalRecord]]:
+    def evaluate(self, chunks: Sequence[ScoredChunk], logprobs: Pending[Ragged]) -> Pending[list[EvalRecord]]:
         """Judge answers to held-out prompts."""
         ...
 

@@ -226,6 +226,32 @@ class PairBatch(Rows):
 
 
 @dataclass(frozen=True)
+class JudgedPair:
+    """Two answers to one prompt and who preferred which.
+
+    Fields:
+        answers: the two texts. votes: annotator -> index of the preferred answer.
+        gold: annotator -> the two gold rewards it judged by (empty for people).
+    """
+
+    prompt_id: int
+    messages: tuple[Message, ...]
+    answers: tuple[str, str]
+    votes: dict[str, int]
+    gold: dict[str, tuple[float, float]]
+
+    @property
+    def lead(self) -> float:
+        """Share of votes for answer 1 minus that for answer 0, -1 to 1; 0 is a draw."""
+        return 2 * sum(self.votes.values()) / len(self.votes) - 1
+
+    @property
+    def preferred(self) -> int | None:
+        """The answer with more votes; None in a draw."""
+        return None if self.lead == 0 else int(self.lead > 0)
+
+
+@dataclass(frozen=True)
 class RLBatch(Rows):
     """One batch of rollouts, ready to train on. All per-token columns have one entry a response token (R in
     all).

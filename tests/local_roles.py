@@ -42,8 +42,9 @@ from rlhf_ray.reporting.evaluation import EvalRecord
 from rlhf_ray.reporting.metrics_log import MetricsLog, MetricsRow, read_metrics
 from rlhf_ray.reporting.progress import Progress, QuietProgress
 from rlhf_ray.reporting.run_folder import RunFolder
-from rlhf_ray.roles import Done, Pending
+from rlhf_ray.roles import Done, Pending, ScoredChunk
 from rlhf_ray.types import (
+    JudgedPair,
     Metrics,
     PairBatch,
     Prompts,
@@ -56,7 +57,7 @@ from rlhf_ray.types import (
 )
 from rlhf_ray.weights.source import ModuleWeightSource
 from rlhf_ray.weights.verify import Probe, compare_probe
-from rlhf_ray.workers.annotator import AnnotatorWorker, JudgedPair
+from rlhf_ray.workers.annotator import AnnotatorWorker
 from rlhf_ray.workers.experience import ExperienceWorker
 from rlhf_ray.workers.frozen import ReferenceWorker, RewardWorker
 from rlhf_ray.workers.model_worker import ModelWorker, WorkerSpec
@@ -341,36 +342,32 @@ class LocalExperience:
 
     def prepare(
         self,
-        chunks: Sequence[Pending[Rollouts]],
-        scores: Sequence[Pending[Scores]],
-        ref_logprobs: Sequence[Pending[Ragged]],
+        chunks: Sequence[ScoredChunk],
         old_logprobs: Pending[Ragged],
         values: Pending[Ragged],
         step: int,
         version: int,
         kl_coef: float,
     ) -> tuple[Pending[RLBatch], Pending[Metrics]]:
-        parts = [pending.result() for pending in (*chunks, *scores, *ref_logprobs)]
         batch, metrics = self.worker.prepare(
-            step, version, kl_coef, old_logprobs.result(), values.result(), *parts
+            step, version, kl_coef, old_logprobs.result(), values.result(), *_columns(chunks)
         )
         return Done(batch), Done(metrics)
 
-    def evaluate(
-        self,
-        chunks: Sequence[Pending[Rollouts]],
-        scores: Sequence[Pending[Scores]],
-        ref_logprobs: Sequence[Pending[Ragged]],
-        logprobs: Pending[Ragged],
-    ) -> Pending[list[EvalRecord]]:
-        parts = [pending.result() for pending in (*chunks, *scores, *ref_logprobs)]
-        return Done(self.worker.evaluate(logprobs.result(), *parts))
+    def evaluate(self, chunks: Sequence[ScoredChunk], logprobs: Pending[Ragged]) -> Pending[list[EvalRecord]]:
+        return Done(self.worker.evaluate(logprobs.result(), *_columns(chunks)))
 
     def state_dict(self) -> Pending[dict[str, float]]:
         return Done(self.worker.state_dict())
 
     def load_state_dict(self, state: dict[str, float]) -> Pending[None]:
         return Done(self.worker.load_state_dict(state))
+
+
+def _columns(chunks: Sequence[ScoredChunk]) -> list[Rollouts | Scores | Ragged]:
+    reference = [chunk.ref_logprobs.result() for chunk in chunks if chunk.ref_logprobs is not None]
+    rollouts = [chunk.rollouts.result() for chunk in chunks]
+    return [*rollouts, *[chunk.scores.result() for chunk in chunks], *reference]
 
 
 def online_roles(

@@ -17,8 +17,7 @@ from rlhf_ray.loops.preferences import (
     write_dataset,
 )
 from rlhf_ray.models.loading import max_model_length
-from rlhf_ray.types import Metrics
-from rlhf_ray.workers.annotator import JudgedPair
+from rlhf_ray.types import JudgedPair, Metrics
 
 
 def run_preferences(context: StageContext) -> Metrics:

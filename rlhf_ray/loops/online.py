@@ -31,9 +31,19 @@ from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.loops.checkpoints import State, restored_cursor, restored_step
 from rlhf_ray.loops.stage_run import StageRun
 from rlhf_ray.reporting.evaluation import EvalRecord, load_records, save_records
-from rlhf_ray.roles import Critic, Done, Experience, Generator, Pending, Policy, Reference, Scorer
+from rlhf_ray.roles import (
+    Critic,
+    Done,
+    Experience,
+    Generator,
+    Pending,
+    Policy,
+    Reference,
+    ScoredChunk,
+    Scorer,
+)
 from rlhf_ray.seeds import derive_seed
-from rlhf_ray.types import Metrics, Prompts, SamplingSpec
+from rlhf_ray.types import Metrics, Prompts, Rollouts, SamplingSpec
 
 FIRST_KL_LIMIT = 0.02
 """Nats a token by which policy and reference may differ at the first step: their weights are equal, but their
@@ -81,12 +91,11 @@ class OnlineLoop:
         for step in range(start, section.num_steps):
             prompts = self.prompts.select(cursor.next(section.prompts_per_step))
             rollouts = roles.generator.generate(prompts, self.sampling, seed=derive_seed(run.seed, step))
-            scores = [roles.scorer.score(chunk) for chunk in rollouts]
-            reference = [roles.reference.logprobs(chunk, section.temperature) for chunk in rollouts]
+            scored = self.scored(rollouts)
             old_logprobs = roles.policy.logprobs(rollouts)
             values = roles.critic.values(rollouts)
             batch, report = roles.experience.prepare(
-                rollouts, scores, reference, old_logprobs, values, step=step, version=step, kl_coef=kl.coef
+                scored, old_logprobs, values, step=step, version=step, kl_coef=kl.coef
             )
             critic_report = roles.critic.train_rl(batch, step)
             policy_report: Pending[Metrics] = Done({})
@@ -101,6 +110,14 @@ class OnlineLoop:
             run.log(step, metrics)
             run.save_or_stop(step + 1, self.models, lambda: self.state(cursor, kl))
         return before, self.evaluate()
+
+    def scored(self, rollouts: Sequence[Pending[Rollouts]]) -> list[ScoredChunk]:
+        """The frozen models' judgement of each chunk, begun as soon as the chunk is there."""
+        roles, temperature = self.roles, self.section.temperature
+        return [
+            ScoredChunk(chunk, roles.scorer.score(chunk), roles.reference.logprobs(chunk, temperature))
+            for chunk in rollouts
+        ]
 
     @property
     def sampling(self) -> SamplingSpec:
@@ -130,10 +147,8 @@ class OnlineLoop:
         roles = self.roles
         sampling = SamplingSpec(self.section.max_completion_length, temperature=self.section.temperature)
         rollouts = roles.generator.generate(self.held_out, sampling, seed=derive_seed(self.run.seed))
-        scores = [roles.scorer.score(chunk) for chunk in rollouts]
-        reference = [roles.reference.logprobs(chunk, self.section.temperature) for chunk in rollouts]
         logprobs = roles.policy.logprobs(rollouts)
-        return roles.experience.evaluate(rollouts, scores, reference, logprobs).result()
+        return roles.experience.evaluate(self.scored(rollouts), logprobs).result()
 
     def first_evaluation(self, start: int) -> list[EvalRecord]:
         """Of the policy before training; a resumed run reads what the first one found."""

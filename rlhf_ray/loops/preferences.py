@@ -18,8 +18,7 @@ from rlhf_ray.loops.stage_run import StageRun
 from rlhf_ray.reporting.files import dump_line, read_lines, write_text
 from rlhf_ray.roles import Generator, Pending
 from rlhf_ray.seeds import derive_seed
-from rlhf_ray.types import Metrics, Prompts, Rollouts, SamplingSpec
-from rlhf_ray.workers.annotator import JudgedPair
+from rlhf_ray.types import JudgedPair, Metrics, Prompts, Rollouts, SamplingSpec
 
 DATASET_FILE = "preferences.jsonl"
 

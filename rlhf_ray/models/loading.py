@@ -148,9 +148,10 @@ def load_scalar_model(
 ) -> PreTrainedModel:
     """Reward model or critic: one output a token (`score`), as `AutoModelForSequenceClassification`.
 
-    From a language model the head is new: normal with standard deviation 1 / sqrt(hidden + 1) (Stiennon et
-    al. 2020, appendix B), drawn from `seed` so that every rank has the same one. From a reward model it is
-    kept.
+    From a language model the head is new: normal with standard deviation 1 / (hidden + 1), drawn from `seed`
+    so that every rank has the same one (Stiennon et al. 2020, appendix B, write N(0, 1 / (hidden + 1));
+    read as a standard deviation, the first scores are near 0 and the first loss near log 2, and learning
+    need not undo a random opinion first). From a reward model it is kept.
     """
     config = AutoConfig.from_pretrained(materialise(section), trust_remote_code=section.trust_remote_code)
     has_head = any("SequenceClassification" in name for name in config.architectures or [])
@@ -165,7 +166,7 @@ def load_scalar_model(
     if not has_head:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            std = (head.in_features + 1) ** -0.5
+            std = 1 / (head.in_features + 1)
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
             if head.bias is not None:
                 head.bias.zero_()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,33 +12,7 @@ from rlhf_ray.config.schema import ModelSection, SimulatedAnnotator
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.rewards.functions import RewardFunction
 from rlhf_ray.seeds import derive_seed
-from rlhf_ray.types import Message, Rollouts
-
-
-@dataclass(frozen=True)
-class JudgedPair:
-    """Two answers to one prompt and who preferred which.
-
-    Fields:
-        answers: the two texts. votes: annotator -> index of the preferred answer.
-        gold: annotator -> the two gold rewards it judged by (empty for people).
-    """
-
-    prompt_id: int
-    messages: tuple[Message, ...]
-    answers: tuple[str, str]
-    votes: dict[str, int]
-    gold: dict[str, tuple[float, float]]
-
-    @property
-    def lead(self) -> float:
-        """Share of votes for answer 1 minus that for answer 0, -1 to 1; 0 is a draw."""
-        return 2 * sum(self.votes.values()) / len(self.votes) - 1
-
-    @property
-    def preferred(self) -> int | None:
-        """The answer with more votes; None in a draw."""
-        return None if self.lead == 0 else int(self.lead > 0)
+from rlhf_ray.types import JudgedPair, Rollouts
 
 
 def preference_probability(

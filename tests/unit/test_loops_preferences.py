@@ -15,7 +15,7 @@ from rlhf_ray.errors import CheckpointError, DataError, Interrupted
 from rlhf_ray.loops.preferences import PreferencesLoop, agreement, judged_by_people, read_part, write_dataset
 from rlhf_ray.reporting.progress import Progress
 from rlhf_ray.seeds import derive_seed
-from rlhf_ray.workers.annotator import JudgedPair
+from rlhf_ray.types import JudgedPair
 from tests.fakes import HandFedGenerator, Watcher
 from tests.local_roles import LocalAnnotators, LocalGenerator, annotators, logged, prompts_of, stage_run
 from tests.tiny import tiny_model_folder

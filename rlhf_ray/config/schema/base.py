@@ -1,0 +1,52 @@
+"""What sections are made of, and the sections that every stage uses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
+EMBEDDED_TEMPLATE = "embedded:chatml"
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """
+    path: a Hugging Face folder, a hub name, a `.gguf` file, or the embedded model.
+    chat_template: a Jinja file that replaces the tokenizer's own template, or `embedded:chatml`: ChatML
+    without a system prompt. It is saved with what is trained.
+    """
+
+    path: str = EMBEDDED_MODEL
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+
+
+class DatasetSection(Section):
+    """path: a JSONL, JSON, CSV or Parquet file (also .gz), a hub name, or
+    `embedded:prompts|demonstrations`."""
+
+    path: str
+    split: str = "train"
+    name: str | None = Field(None, description="the hub dataset's configuration")
+    limit: Positive | None = Field(
+        None, description="use only the first rows, after shuffling by the run's seed"
+    )
+
+
+class OptimizerSection(Section):
+    """AdamW."""
+
+    learning_rate: float = Field(1e-5, gt=0, lt=1)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegative = 0
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)

@@ -1,0 +1,102 @@
+"""What a run stands on, whatever it trains: training, engines, placement, logging, cluster."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, SecretStr
+
+from rlhf_ray.config.schema.base import NonNegative, Positive, Section
+
+
+class TrainingSection(Section):
+    """How every trained model (policy, critic, reward model) is trained.
+
+    precision: `mixed` is float32 master weights with bfloat16 autocast; `float32` is exact and slow.
+    tokens_per_micro_batch: budget of padded tokens in one forward/backward; raises or lowers memory, never
+    the result.
+    packing: sequences of a micro-batch in one row, without padding; pays with FlashAttention on a GPU.
+    """
+
+    precision: Literal["mixed", "float32"] = "mixed"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    tokens_per_micro_batch: Positive = 4096
+    packing: bool = False
+    gradient_checkpointing: bool = False
+
+
+class EngineSection(Section):
+    """The generation engine."""
+
+    backend: Literal["vllm", "transformers"] = "vllm"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    max_num_seqs: Positive = 128
+    tensor_parallel_size: Positive = 1
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="share of a GPU; not used on CPU")
+    cpu_kv_cache_gib: float = Field(1.0, gt=0, description="size of the KV cache on CPU")
+
+
+class SyncSection(Section):
+    """When and how strictly the engine's weights are checked against the trainer's after a sync.
+
+    tolerance: largest accepted mean |difference| of a probe's token log-probs, in nats. On prompts of a 135M
+    model a bfloat16 engine and a bfloat16-autocast trainer differ by 0.05 to 0.1, wrong weights mostly by 0.5
+    to 10. Staleness that hides below the tolerance is caught by following the trainer's movement
+    (`rlhf_ray.weights.verify`).
+    """
+
+    verify_first: NonNegative = 2
+    verify_every: Positive = 10
+    tolerance: float = Field(0.25, gt=0)
+
+
+class RoleSection(Section):
+    """What one role takes. `auto` shares the machine: one GPU an actor where there are GPUs, else equal
+    shares of the CPUs, every actor of a role with as many threads as the role has cores to itself while it
+    works."""
+
+    count: Positive = Field(1, description="ranks of a trained model, or engines")
+    cpus: float | Literal["auto"] = "auto"
+    gpus: float | Literal["auto"] = "auto"
+    threads: Positive | Literal["auto"] = "auto"
+
+
+class SingleRoleSection(RoleSection):
+    count: Literal[1] = 1
+
+
+class PlacementSection(Section):
+    policy: RoleSection = RoleSection()
+    critic: RoleSection = RoleSection()
+    reference: SingleRoleSection = SingleRoleSection()
+    reward: SingleRoleSection = SingleRoleSection()
+    engine: RoleSection = RoleSection()
+
+
+class WandbSection(Section):
+    project: str = "rlhf_ray"
+    mode: Literal["online", "offline"] = "offline"
+    api_key: SecretStr | None = Field(
+        None, description="better left to the environment variable WANDB_API_KEY"
+    )
+
+
+class LoggingSection(Section):
+    wandb: WandbSection | None = None
+    tensorboard: bool = False
+
+
+class CheckpointSection(Section):
+    """every: optimizer or RL steps between checkpoints of a stage; null saves only on Ctrl-C."""
+
+    every: Positive | None = 50
+    keep_last: Positive = 1
+
+
+class ClusterSection(Section):
+    """address: null starts Ray on this machine for the run; `auto` or host:port joins a running cluster."""
+
+    address: str | None = None
+    object_store_mib: Positive = 500
+    start_timeout: Positive = Field(300, description="seconds to wait for resources and for actors to start")
+    call_timeout: Positive = Field(3600, description="seconds after which a call to a role counts as hung")
