@@ -24,6 +24,7 @@ from rlhf_ray.types import (
     SamplingSpec,
     Scores,
     SFTBatch,
+    StepInfo,
 )
 from rlhf_ray.weights.verify import Probe, ProbeHistory
 
@@ -160,26 +161,38 @@ class RemoteExperience:
 
     def prepare(
         self,
+        info: StepInfo,
         chunks: Sequence[ScoredChunk],
-        old_logprobs: Pending[Ragged],
-        values: Pending[Ragged],
-        step: int,
-        version: int,
-        kl_coef: float,
+        old_logprobs: Pending[Ragged] | None,
+        values: Pending[Ragged] | None,
+        greedy: Sequence[ScoredChunk] = (),
     ) -> tuple[Pending[RLBatch], Pending[Metrics]]:
         batch, metrics = self.group.call_pair(
             "prepare",
-            step,
-            version,
-            kl_coef,
+            info,
+            len(chunks),
             old_logprobs,
             values,
-            *_columns(chunks),
+            *_columns([*chunks, *greedy]),
             kind="prepare",
         )
         return cast(Pending[RLBatch], batch), cast(Pending[Metrics], metrics)
 
-    def evaluate(self, chunks: Sequence[ScoredChunk], logprobs: Pending[Ragged]) -> Pending[list[EvalRecord]]:
+    def num_informative(self, chunk: ScoredChunk) -> Pending[int]:
+        return cast(
+            Pending[int],
+            self.group.call("num_informative", chunk.rollouts, chunk.scores, kind="prepare"),
+        )
+
+    def select(
+        self, chunks: Sequence[ScoredChunk], num_prompts: int
+    ) -> tuple[Pending[Rollouts], Pending[Scores]]:
+        rollouts, scores = self.group.call_pair("select", num_prompts, *_columns(chunks), kind="prepare")
+        return cast(Pending[Rollouts], rollouts), cast(Pending[Scores], scores)
+
+    def evaluate(
+        self, chunks: Sequence[ScoredChunk], logprobs: Pending[Ragged] | None
+    ) -> Pending[list[EvalRecord]]:
         return cast(Pending[list[EvalRecord]], self.group.call("evaluate", logprobs, *_columns(chunks)))
 
     def state_dict(self) -> Pending[dict[str, float]]:

@@ -25,6 +25,7 @@ from rlhf_ray.types import (
     SamplingSpec,
     Scores,
     SFTBatch,
+    StepInfo,
 )
 
 T_co = TypeVar("T_co", covariant=True)
@@ -137,24 +138,37 @@ class Experience(Protocol):
 
     def prepare(
         self,
+        info: StepInfo,
         chunks: Sequence[ScoredChunk],
-        old_logprobs: Pending[Ragged],
-        values: Pending[Ragged],
-        step: int,
-        version: int,
-        kl_coef: float,
+        old_logprobs: Pending[Ragged] | None,
+        values: Pending[Ragged] | None,
+        greedy: Sequence[ScoredChunk] = (),
     ) -> tuple[Pending[RLBatch], Pending[Metrics]]:
         """
         Args:
-            version: of the weights that sampled every token.
+            old_logprobs: of all chunks, by the policy before the update; None takes the sampler's.
+            values: by the critic; None where there is none.
+            greedy: the greedy answers to the same prompts, for algorithms that compare with them.
 
         Raises:
-            WeightSyncError: a token was sampled by other weights.
+            WeightSyncError: a token was sampled by other weights than those of `info.version`.
         """
         ...
 
-    def evaluate(self, chunks: Sequence[ScoredChunk], logprobs: Pending[Ragged]) -> Pending[list[EvalRecord]]:
-        """Judge answers to held-out prompts."""
+    def num_informative(self, chunk: ScoredChunk) -> Pending[int]:
+        """Prompts of the chunk whose answers did not all get the same reward."""
+        ...
+
+    def select(
+        self, chunks: Sequence[ScoredChunk], num_prompts: int
+    ) -> tuple[Pending[Rollouts], Pending[Scores]]:
+        """The answers to so many of the prompts, those that say something first."""
+        ...
+
+    def evaluate(
+        self, chunks: Sequence[ScoredChunk], logprobs: Pending[Ragged] | None
+    ) -> Pending[list[EvalRecord]]:
+        """Judge answers to held-out prompts. logprobs: by the policy; None where there is no reference."""
         ...
 
     def state_dict(self) -> Pending[dict[str, float]]: ...

@@ -200,6 +200,27 @@ class Scores:
     total: NDArray[np.float32]
     parts: dict[str, NDArray[np.float32]]
 
+    def select(self, rows: Sequence[int] | NDArray[np.int64]) -> Scores:
+        return Scores(self.total[rows], {name: part[rows] for name, part in self.parts.items()})
+
+    @staticmethod
+    def concat(chunks: Sequence[Scores]) -> Scores:
+        parts = {name: np.concatenate([c.parts[name] for c in chunks]) for name in chunks[0].parts}
+        return Scores(np.concatenate([c.total for c in chunks]), parts)
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Of a step of reinforcement learning.
+
+    Fields:
+        version: of the weights that sampled its tokens. kl_coef: this step's coefficient.
+    """
+
+    step: int
+    version: int
+    kl_coef: float
+
 
 @dataclass(frozen=True)
 class SFTBatch(Rows):
@@ -259,10 +280,12 @@ class RLBatch(Rows):
     Fields:
         prompt_ids: [B] the group of each row.
         prompts, responses: B rows int32.
-        old_logprobs: B rows float32, by the trainer before the first update on this batch.
-        ref_logprobs: B rows float32, by the frozen reference.
+        old_logprobs: B rows float32, by the trainer before the first update on this batch; by the sampler
+            where they are not recomputed.
+        ref_logprobs: B rows float32, by the frozen reference (the old ones where there is none).
         values: B rows float32, by the critic before the update (0 where there is no critic).
         advantages, returns: B rows float32.
+        importance_weights: B rows float32, of the off-policy correction; 1 where there is none.
         is_trained: B rows bool, False where a token is excluded from the loss.
     """
 
@@ -274,6 +297,7 @@ class RLBatch(Rows):
     values: Ragged
     advantages: Ragged
     returns: Ragged
+    importance_weights: Ragged
     is_trained: Ragged
 
 

@@ -56,6 +56,14 @@ def num_vowels(prompts: Prompts, completions: list[str], **columns: object) -> l
     return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
 
 
+def even_length(prompts: Prompts, completions: list[str], **columns: object) -> list[float]:
+    return [float(len(text) % 2 == 0) for text in completions]
+
+
+def always_one(prompts: Prompts, completions: list[str], **columns: object) -> list[float]:
+    return [1.0] * len(completions)
+
+
 def only_short(prompts: Prompts, completions: list[str], **columns: object) -> list[float | None]:
     """1 for an answer of at most 3 characters, nothing to say about others."""
     return [1.0 if len(text) <= 3 else None for text in completions]

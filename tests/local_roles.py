@@ -1,18 +1,8 @@
-"""The roles of `rlhf_ray.roles`, played in this process by the real workers; and groups of trainer ranks.
-
-DeepSpeed joins a process group once a process, so all single-rank workers of a test process share one world,
-and worlds of several ranks live in processes of their own (`run_ranks`).
-"""
+"""The roles of `rlhf_ray.roles`, played in this process by the real workers."""
 
 from __future__ import annotations
 
-import functools
-import os
-import pickle
-import random
-import socket
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -26,7 +16,6 @@ from rlhf_ray.config.schema import (
     LoggingSection,
     ModelSection,
     OnlineSection,
-    OptimizerSection,
     Reward,
     SimulatedAnnotator,
     TrainingSection,
@@ -34,7 +23,6 @@ from rlhf_ray.config.schema import (
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.encoding import encode_prompts
 from rlhf_ray.data.formats import PromptExample
-from rlhf_ray.engines.deepspeed_engine import World
 from rlhf_ray.loops.checkpoints import Checkpoints
 from rlhf_ray.loops.online import OnlineRoles
 from rlhf_ray.loops.stage_run import StageRun
@@ -54,82 +42,29 @@ from rlhf_ray.types import (
     SamplingSpec,
     Scores,
     SFTBatch,
+    StepInfo,
 )
 from rlhf_ray.weights.source import ModuleWeightSource
 from rlhf_ray.weights.verify import Probe, compare_probe
 from rlhf_ray.workers.annotator import AnnotatorWorker
 from rlhf_ray.workers.experience import ExperienceWorker
 from rlhf_ray.workers.frozen import ReferenceWorker, RewardWorker
-from rlhf_ray.workers.model_worker import ModelWorker, WorkerSpec
+from rlhf_ray.workers.model_worker import ModelWorker
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.scalar import CriticWorker, RewardTrainerWorker
 from tests.fakes import HandFedGenerator
+from tests.ranks import EXACT, worker_spec
 from tests.tiny import tiny_tokenizer
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
-EXACT = TrainingSection(precision="float32", zero_stage=0)
 SPEEDS = ("perf/tokens_per_second",)
-
-
-@functools.cache
-def single_world() -> World:
-    """The world of one rank that all workers of this process share."""
-    return World(rank=0, size=1, master=f"127.0.0.1:{quiet_port()}", threads=1, use_gpu=False)
-
-
-def quiet_port() -> int:
-    """A free port below those that the system hands out: nobody takes it while the ranks start."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-
-
-def worker_spec(
-    training: TrainingSection = EXACT,
-    optimizer: OptimizerSection | None = None,
-    world: World | None = None,
-    total_steps: int = 10,
-    seed: int = 0,
-) -> WorkerSpec:
-    return WorkerSpec(
-        optimizer or OptimizerSection(learning_rate=1e-3),
-        training,
-        world or single_world(),
-        total_steps,
-        seed,
-    )
-
-
-def run_ranks(function: Callable[..., T], size: int, folder: Path, *args: object) -> list[T]:
-    """What `function(world, *args)` returns on each rank of a new world over gloo.
-
-    Args:
-        function: of a module, so that other processes can import it. folder: for the results.
-    """
-    master = f"127.0.0.1:{quiet_port()}"
-    torch.multiprocessing.spawn(_rank, (function, size, master, folder, args), nprocs=size)
-    return [pickle.loads((folder / f"rank-{rank}.pickle").read_bytes()) for rank in range(size)]
-
-
-def _rank(
-    rank: int, function: Callable[..., object], size: int, master: str, folder: Path, args: tuple
-) -> None:
-    torch.set_num_threads(1)
-    result = function(World(rank, size, master, threads=1, use_gpu=False), *args)
-    (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(result))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Gloo's threads may outlive the interpreter; the C++ library then aborts a process that has done well.
-    os._exit(0)
 
 
 def online_section(**options: object) -> OnlineSection:
     """A small one; `options` replace its entries."""
+    is_ppo = options.get("algorithm", "ppo") == "ppo"
+    critic = {"critic_init": "policy", "critic_optimizer": {"learning_rate": 1e-3}} if is_ppo else {}
     return OnlineSection.model_validate(
         {
             "dataset": {"path": "prompts.jsonl"},
@@ -138,9 +73,8 @@ def online_section(**options: object) -> OnlineSection:
             "prompts_per_step": 2,
             "num_generations": 2,
             "max_completion_length": 8,
-            "critic_init": "policy",
             "optimizer": {"learning_rate": 1e-3},
-            "critic_optimizer": {"learning_rate": 1e-3},
+            **critic,
             **options,
         }
     )
@@ -342,20 +276,34 @@ class LocalExperience:
 
     def prepare(
         self,
+        info: StepInfo,
         chunks: Sequence[ScoredChunk],
-        old_logprobs: Pending[Ragged],
-        values: Pending[Ragged],
-        step: int,
-        version: int,
-        kl_coef: float,
+        old_logprobs: Pending[Ragged] | None,
+        values: Pending[Ragged] | None,
+        greedy: Sequence[ScoredChunk] = (),
     ) -> tuple[Pending[RLBatch], Pending[Metrics]]:
         batch, metrics = self.worker.prepare(
-            step, version, kl_coef, old_logprobs.result(), values.result(), *_columns(chunks)
+            info,
+            len(chunks),
+            old_logprobs and old_logprobs.result(),
+            values and values.result(),
+            *_columns([*chunks, *greedy]),
         )
         return Done(batch), Done(metrics)
 
-    def evaluate(self, chunks: Sequence[ScoredChunk], logprobs: Pending[Ragged]) -> Pending[list[EvalRecord]]:
-        return Done(self.worker.evaluate(logprobs.result(), *_columns(chunks)))
+    def num_informative(self, chunk: ScoredChunk) -> Pending[int]:
+        return Done(self.worker.num_informative(chunk.rollouts.result(), chunk.scores.result()))
+
+    def select(
+        self, chunks: Sequence[ScoredChunk], num_prompts: int
+    ) -> tuple[Pending[Rollouts], Pending[Scores]]:
+        rollouts, scores = self.worker.select(num_prompts, *_columns(chunks))
+        return Done(rollouts), Done(scores)
+
+    def evaluate(
+        self, chunks: Sequence[ScoredChunk], logprobs: Pending[Ragged] | None
+    ) -> Pending[list[EvalRecord]]:
+        return Done(self.worker.evaluate(logprobs and logprobs.result(), *_columns(chunks)))
 
     def state_dict(self) -> Pending[dict[str, float]]:
         return Done(self.worker.state_dict())
@@ -382,13 +330,19 @@ def online_roles(
     steps = section.num_steps * section.num_ppo_epochs * section.num_mini_batches
     engines = [HandFedGenerator(Path(model.path)) for _ in range(num_engines)]
     policy = PolicyWorker(model, worker_spec(training, section.optimizer, total_steps=steps), section)
-    critic = CriticWorker(model, worker_spec(training, section.critic_optimizer, total_steps=steps), section)
+    critic = None
+    if section.uses_critic:
+        spec = worker_spec(training, section.critic_optimizer, total_steps=steps)
+        critic = LocalCritic(CriticWorker(model, spec, section))
+    reference = None
+    if section.uses_reference:
+        reference = LocalReference(ReferenceWorker(model, training, CPU, threads=1))
     return OnlineRoles(
         generator=LocalGenerator(engines),
         scorer=LocalScorer(RewardWorker(model, rewards, training, CPU, threads=1)),
-        reference=LocalReference(ReferenceWorker(model, training, CPU, threads=1)),
+        reference=reference,
         policy=LocalPolicy(policy, engines),
-        critic=LocalCritic(critic),
+        critic=critic,
         experience=LocalExperience(ExperienceWorker(section, model, rollouts_folder)),
     )
 

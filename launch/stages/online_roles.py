@@ -43,16 +43,21 @@ class OnlineModels:
 
 
 def demands(context: StageContext, models: OnlineModels) -> list[RoleDemand]:
-    placement = context.config.placement
+    placement, section = context.config.placement, context.config.online
+    assert section is not None
     size = model_size(models.policy)
     rewards = frozen_memory(size, len(models.reward_models))
-    return [
+    found = [
         context.demand_trained("policy", models.policy),
-        context.demand_trained("critic", models.policy),
-        RoleDemand("reference", placement.reference, context.main_memory(frozen_memory(size))),
         RoleDemand("reward", placement.reward, context.main_memory(rewards)),
         demand_engine(context, models.policy),
     ]
+    if section.uses_critic:
+        found.append(context.demand_trained("critic", models.policy))
+    if section.uses_reference:
+        memory = context.main_memory(frozen_memory(size))
+        found.append(RoleDemand("reference", placement.reference, memory))
+    return found
 
 
 @dataclass(frozen=True)
@@ -71,17 +76,16 @@ class OnlineBuilder:
         """Start every role; the slow ones (importing, loading) start side by side."""
         context = self.context
         policy, backend, engines = self._policy_and_engines()
-        critic = self.placement.start("critic")
-        self._trained(critic, "scalar:CriticWorker", self.section.critic_optimizer, self._critic_start())
+        critic = self._critic() if self.section.uses_critic else None
         generator = RemoteGenerator(engines)
         roles = OnlineRoles(
             generator=generator,
             scorer=RemoteScorer(
                 self._frozen("reward", policy=self.models.policy, sources=self.models.rewards)
             ),
-            reference=RemoteReference(self._frozen("reference", model=self.models.reference)),
+            reference=self._reference() if self.section.uses_reference else None,
             policy=RemotePolicy(policy, context.config.sync, generator, _probe(prompts)),
-            critic=RemoteCritic(critic),
+            critic=critic,
             experience=RemoteExperience(self._experience()),
         )
         self.placement.wait_until_built()
@@ -122,6 +126,14 @@ class OnlineBuilder:
         self.context.build_trained(
             self.placement, group, factory, optimizer, steps, model=model, online=self.section, **options
         )
+
+    def _critic(self) -> RemoteCritic:
+        group = self.placement.start("critic")
+        self._trained(group, "scalar:CriticWorker", self.section.critic_optimizer, self._critic_start())
+        return RemoteCritic(group)
+
+    def _reference(self) -> RemoteReference:
+        return RemoteReference(self._frozen("reference", model=self.models.reference))
 
     def _critic_start(self) -> ModelSection:
         return self.models.reward_models[0] if self.section.critic_init == "reward" else self.models.policy

@@ -21,13 +21,17 @@ class RewardShaping:
     Fields:
         kl_coef: times k1 to the reference is taken from each token's reward.
         missing_eos_penalty: taken from the score of a response that no EOS token ended.
-        reward_clip: the score is clipped to [-reward_clip, reward_clip], before the penalty; None does not
+        reward_clip: the score is clipped to [-reward_clip, reward_clip], before the penalties; None does not
             clip.
+        overlong_buffer: over the last so many tokens before `max_length` a penalty rises from 0 to 1 (DAPO:
+            Yu et al. 2025, equation 13).
     """
 
     kl_coef: float
     missing_eos_penalty: float = 0.0
     reward_clip: float | None = None
+    overlong_buffer: int = 0
+    max_length: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class TokenRewards:
     Fields:
         rewards: [R] what is trained on: the shaped score at each row's last token, minus the KL penalty
             everywhere.
-        scores: [B] after clipping and the missing-EOS penalty.
+        scores: [B] after clipping and the penalties.
         kl_penalty: [R] kl_coef * k1.
     """
 
@@ -65,6 +69,9 @@ def token_rewards(
     if shaping.reward_clip is not None:
         scores = scores.clamp(-shaping.reward_clip, shaping.reward_clip)
     scores = scores - shaping.missing_eos_penalty * (~is_finished).to(scores.dtype)
+    if shaping.overlong_buffer:
+        excess = offsets.diff() - (shaping.max_length - shaping.overlong_buffer)
+        scores = scores - (excess / shaping.overlong_buffer).clamp(0, 1).to(scores.dtype)
     k1 = kl_per_token(logprobs, ref_logprobs, "k1")
     # A log-prob may be -inf, and 0 * inf is NaN.
     kl_penalty = shaping.kl_coef * k1 if shaping.kl_coef else torch.zeros_like(k1)

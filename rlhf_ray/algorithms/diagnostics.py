@@ -28,9 +28,20 @@ def frac_zero_std(rewards: NDArray[np.floating], group_ids: NDArray[np.int64]) -
     Args:
         rewards: [B]; group_ids: [B] prompt of each sample, in any order.
     """
+    is_comparison = np.unique(group_ids, return_counts=True)[1] > 1
+    if not is_comparison.any():
+        return None
+    return float(1 - has_signal(rewards, group_ids)[is_comparison].mean())
+
+
+def has_signal(rewards: NDArray[np.floating], group_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[G] in the order of ascending id: whether the samples of a group got different rewards.
+
+    Args:
+        rewards: [B]; group_ids: [B] prompt of each sample, in any order.
+    """
     groups = [rewards[group_ids == group] for group in np.unique(group_ids)]
-    flat = [_is_constant(group) for group in groups if len(group) > 1]
-    return float(np.mean(flat)) if flat else None
+    return np.array([not _is_constant(group) for group in groups])
 
 
 def _is_constant(x: NDArray[np.number]) -> bool:

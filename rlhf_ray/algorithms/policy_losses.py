@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_ray.algorithms.aggregation import weighted_sum
 from rlhf_ray.algorithms.kl import kl_per_token
 from rlhf_ray.algorithms.metrics import MetricSum, MetricSums
-from rlhf_ray.algorithms.rows import where_trained
+from rlhf_ray.algorithms.rows import row_ids_of, row_sums, where_trained
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class PolicyTokens:
         advantages: constants.
         weights: from `loss_weights`; 0 where a token is not trained, and then the other fields may hold
             anything.
+        importance_weights: from `importance_weights`; constants. None where the sampler counts as the policy
+            before the update.
+        offsets: [B + 1] whole rows, for losses that look at sequences.
     """
 
     logprobs: Tensor
@@ -35,11 +38,15 @@ class PolicyTokens:
     ref_logprobs: Tensor
     advantages: Tensor
     weights: Tensor
+    importance_weights: Tensor | None = None
+    offsets: Tensor | None = None
 
     def __post_init__(self) -> None:
         is_trained = self.weights != 0
         for name in ("logprobs", "entropy", "old_logprobs", "ref_logprobs", "advantages"):
             object.__setattr__(self, name, where_trained(getattr(self, name), is_trained))
+        if self.importance_weights is not None:
+            object.__setattr__(self, "importance_weights", where_trained(self.importance_weights, is_trained))
 
     @property
     def is_trained(self) -> Tensor:
@@ -86,10 +93,55 @@ def ppo_policy_loss(tokens: PolicyTokens, spec: PolicyLossSpec) -> tuple[Tensor,
     ratio = torch.exp(log_ratio)
     clipped = ratio.clamp(1 - spec.cliprange_low, 1 + spec.cliprange_high)
     token_losses = -torch.minimum(ratio * tokens.advantages, clipped * tokens.advantages)
+    return _finish(token_losses, ratio, tokens, spec)
+
+
+def gspo_policy_loss(tokens: PolicyTokens, spec: PolicyLossSpec) -> tuple[Tensor, MetricSums]:
+    """The clipped surrogate of whole sequences (GSPO: Zheng et al. 2025, equations 5 to 7).
+
+    As `ppo_policy_loss`, with one ratio a sequence, the geometric mean of its trained tokens' ratios:
+    s = exp(mean of log pi - log pi_old). Meant for weights of aggregation "sequence".
+    """
+    assert tokens.offsets is not None
+    # Untrained tokens have log-probs 0 on both sides, and so add nothing to the sum.
+    log_ratio = row_sums(tokens.logprobs - tokens.old_logprobs, tokens.offsets)
+    trained_B = row_sums(tokens.is_trained.to(log_ratio.dtype), tokens.offsets).clamp(min=1)
+    ratio = torch.exp(log_ratio / trained_B)[row_ids_of(tokens.offsets)]
+    clipped = ratio.clamp(1 - spec.cliprange_low, 1 + spec.cliprange_high)
+    token_losses = -torch.minimum(ratio * tokens.advantages, clipped * tokens.advantages)
+    return _finish(token_losses, ratio, tokens, spec)
+
+
+def cispo_policy_loss(tokens: PolicyTokens, spec: PolicyLossSpec) -> tuple[Tensor, MetricSums]:
+    """-clip(ratio).detach() A log pi (CISPO: MiniMax 2025, equations 4 and 5): no token loses its gradient.
+
+    The ratio is clipped to [1 - cliprange_low, 1 + cliprange_high]; the paper leaves the lower side open.
+    """
+    ratio = torch.exp(tokens.logprobs.detach() - tokens.old_logprobs)
+    clipped = ratio.clamp(1 - spec.cliprange_low, 1 + spec.cliprange_high)
+    return _finish(-clipped * tokens.advantages * tokens.logprobs, ratio, tokens, spec)
+
+
+def likelihood_loss(tokens: PolicyTokens, spec: PolicyLossSpec) -> tuple[Tensor, MetricSums]:
+    """-A log pi, without a ratio: fine-tuning on chosen samples, where A is 1 (RAFT: Dong et al. 2023)."""
+    ratio = torch.exp(tokens.logprobs.detach() - tokens.old_logprobs)
+    return _finish(-tokens.advantages * tokens.logprobs, ratio, tokens, spec)
+
+
+def _finish(
+    token_losses: Tensor, ratio: Tensor, tokens: PolicyTokens, spec: PolicyLossSpec
+) -> tuple[Tensor, MetricSums]:
+    """What all losses share: importance weights, regularisers, the sum, and the metrics.
+
+    Args:
+        token_losses: [R] with gradient. ratio: [R] pi / pi_old as the loss sees it.
+    """
+    if tokens.importance_weights is not None:
+        token_losses = token_losses * tokens.importance_weights
     token_losses, metrics = _add_regularisers(token_losses, tokens, spec)
     loss = weighted_sum(token_losses, tokens.weights)
     mask = tokens.is_trained
-    # Where the clipped term is the smaller one, so that the token has no gradient.
+    # Where the clipped term is the smaller one.
     low = (ratio < 1 - spec.cliprange_low) & (tokens.advantages < 0)
     high = (ratio > 1 + spec.cliprange_high) & (tokens.advantages > 0)
     metrics |= {

@@ -195,13 +195,18 @@ def _functions(parts: Parts) -> Iterator[Finding]:
 
     found = [(path, section.function) for path, section in parts.all(FunctionReward)]
     found += [(path, section.function) for path, section in parts.all(SimulatedAnnotator)]
-    for path, function in found:
+    named = [((*path, "function"), function) for path, function in found]
+    for path, online in parts.all(OnlineSection):
+        for key in ("advantage_function", "policy_loss_function"):
+            if (function := getattr(online, key)) is not None:
+                named.append(((*path, key), function))
+    for path, function in named:
         try:
             import_function(function)
         except ConfigError as error:
-            yield (*path, "function"), str(error).removeprefix(f"function={function}: ")
+            yield path, str(error).removeprefix(f"function={function}: ")
         except Exception as error:  # the person's own module runs at import, and may raise anything
-            yield (*path, "function"), f"importing it raised {type(error).__name__}: {error}"
+            yield path, f"importing it raised {type(error).__name__}: {error}"
 
 
 def _lengths(parts: Parts) -> Iterator[Finding]:

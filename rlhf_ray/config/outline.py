@@ -102,7 +102,20 @@ def drop_unknown_keys(document: Document, raw: Raw, node: Node, path: KeyPath = 
         drop_unknown_keys(document, value, known[key], (*path, key))
 
 
+REFUSED: dict[KeyPath, str] = {
+    (
+        "online",
+        key,
+    ): "it cuts the distribution that is sampled from, and the ratio of the loss would be taken to "
+    "another one; use temperature"
+    for key in ("top_p", "top_k", "min_p")
+}
+"""Keys that people expect, and that are left out on purpose."""
+
+
 def _remedy(path: KeyPath, key: str, known: list[str]) -> str:
+    if (*path, key) in REFUSED:
+        return REFUSED[*path, key]
     owners = [owner for owner, keys in all_sections() if key in keys and owner]
     near_owners = [owner for owner in owners if path and owner[0] == path[0]] or owners
     close = difflib.get_close_matches(key, known, n=1)

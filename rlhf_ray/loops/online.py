@@ -1,4 +1,4 @@
-"""Reinforcement learning from a learned reward: PPO with a critic.
+"""Reinforcement learning on the policy's own answers: PPO with a critic, and its kin without one.
 
 One step of PPO for language models (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022):
 
@@ -13,17 +13,21 @@ One step of PPO for language models (Ziegler et al. 2019; Stiennon et al. 2020; 
                                                            critic: squared error to R
 6. the new weights go to the engines, with a version       publish
 
+The kin (GRPO, RLOO, REINFORCE++, ...) have no values: in 4 they compare the answers to a prompt with each
+other. What an algorithm is stands in `algorithms.table` and `config.schema.algorithms`; the loop is one.
+
 Arrays stay with the roles: the loop passes handles on and reads small reports.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from rlhf_ray.algorithms import ALGORITHMS
 from rlhf_ray.algorithms.kl import AdaptiveKLController, FixedKLController, KLController
 from rlhf_ray.config.schema import OnlineSection, SyncSection
 from rlhf_ray.data.cursor import Cursor
@@ -43,7 +47,7 @@ from rlhf_ray.roles import (
     Scorer,
 )
 from rlhf_ray.seeds import derive_seed
-from rlhf_ray.types import Metrics, Prompts, Rollouts, SamplingSpec
+from rlhf_ray.types import Metrics, Prompts, Ragged, Rollouts, SamplingSpec, StepInfo
 
 FIRST_KL_LIMIT = 0.02
 """Nats a token by which policy and reference may differ at the first step: their weights are equal, but their
@@ -54,10 +58,30 @@ micro-batches may be cut differently, and bfloat16 rounds."""
 class OnlineRoles:
     generator: Generator
     scorer: Scorer
-    reference: Reference
+    reference: Reference | None
     policy: Policy
-    critic: Critic
+    critic: Critic | None
     experience: Experience
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The answers of a step.
+
+    Fields:
+        greedy: the most likely answers to the same prompts, for algorithms that compare with them.
+    """
+
+    chunks: list[ScoredChunk]
+    greedy: list[ScoredChunk] = field(default_factory=list)
+    metrics: Metrics = field(default_factory=dict)
+
+    @property
+    def rollouts(self) -> list[Pending[Rollouts]]:
+        return [chunk.rollouts for chunk in self.chunks]
+
+
+NOTHING: Pending[Metrics] = Done({})
 
 
 @dataclass
@@ -89,43 +113,87 @@ class OnlineLoop:
         before = self.first_evaluation(start)
         run.restart_clock()
         for step in range(start, section.num_steps):
-            prompts = self.prompts.select(cursor.next(section.prompts_per_step))
-            rollouts = roles.generator.generate(prompts, self.sampling, seed=derive_seed(run.seed, step))
-            scored = self.scored(rollouts)
-            old_logprobs = roles.policy.logprobs(rollouts)
-            values = roles.critic.values(rollouts)
+            sampled = self.sample(cursor, step)
+            old_logprobs = roles.policy.logprobs(sampled.rollouts) if section.recompute_old_logprobs else None
+            values = roles.critic.values(sampled.rollouts) if roles.critic else None
+            info = StepInfo(step, version=step, kl_coef=kl.coef)
             batch, report = roles.experience.prepare(
-                scored, old_logprobs, values, step=step, version=step, kl_coef=kl.coef
+                info, sampled.chunks, old_logprobs, values, sampled.greedy
             )
-            critic_report = roles.critic.train_rl(batch, step)
-            policy_report: Pending[Metrics] = Done({})
-            if step >= section.critic_warmup_steps:
-                policy_report = roles.policy.train_rl(batch, step, kl.coef)
+            critic_report = roles.critic.train_rl(batch, step) if roles.critic else NOTHING
+            is_warm = step >= section.critic_warmup_steps
+            policy_report = roles.policy.train_rl(batch, step, kl.coef) if is_warm else NOTHING
             metrics = {**report.result(), **critic_report.result(), **policy_report.result()}
-            metrics["kl/coef"] = kl.coef
+            metrics |= {"kl/coef": kl.coef, **sampled.metrics}
             self.check_first_step(step, metrics)
-            kl.update(metrics["kl/per_sequence"], len(prompts) * section.num_generations)
+            if roles.reference:
+                kl.update(metrics["kl/per_sequence"], section.samples_per_step)
             metrics |= roles.policy.publish(version=step + 1, verify=self.is_verified(step + 1))
             metrics |= self.evaluation_metrics(step + 1)
             run.log(step, metrics)
             run.save_or_stop(step + 1, self.models, lambda: self.state(cursor, kl))
         return before, self.evaluate()
 
+    def sample(self, cursor: Cursor, step: int) -> Sampled:
+        """Answers to the next prompts, judged."""
+        if self.section.recipe.dynamic_sampling:
+            return self.sample_informative(cursor, step)
+        prompts = self.prompts.select(cursor.next(self.section.prompts_per_step))
+        seed = derive_seed(self.run.seed, step)
+        chunks = self.judged(self.roles.generator.generate(prompts, self.sampling, seed))
+        if not ALGORITHMS[self.section.algorithm].needs_greedy:
+            return Sampled(chunks)
+        greedy = self.roles.generator.generate(prompts, self.sampling_one(temperature=0.0), seed)
+        return Sampled(chunks, self.scored(greedy))
+
+    def sample_informative(self, cursor: Cursor, step: int) -> Sampled:
+        """Draw prompts until enough of them have answers that the rewards tell apart (DAPO: Yu et al. 2025,
+        section 3.2). Where they do not suffice, others fill the batch up."""
+        wanted, experience = self.section.prompts_per_step, self.roles.experience
+        scored: list[ScoredChunk] = []
+        drawn: set[int] = set()
+        num_informative = num_rounds = 0
+        while num_informative < wanted and num_rounds < self.section.max_sampling_rounds:
+            rows = [row for row in cursor.next(wanted).tolist() if row not in drawn]
+            if not rows:
+                break
+            drawn.update(rows)
+            seed = derive_seed(self.run.seed, step, num_rounds)
+            rollouts = self.roles.generator.generate(self.prompts.select(rows), self.sampling, seed)
+            fresh = self.scored(rollouts)
+            scored += fresh
+            num_informative += sum(experience.num_informative(chunk).result() for chunk in fresh)
+            num_rounds += 1
+        chosen, scores = experience.select(scored, wanted)
+        metrics = {
+            "sampling/rounds": float(num_rounds),
+            "sampling/informative_fraction": num_informative / len(drawn),
+        }
+        return Sampled([ScoredChunk(chosen, scores, self.reference_logprobs(chosen))], metrics=metrics)
+
     def scored(self, rollouts: Sequence[Pending[Rollouts]]) -> list[ScoredChunk]:
-        """The frozen models' judgement of each chunk, begun as soon as the chunk is there."""
-        roles, temperature = self.roles, self.section.temperature
+        """With rewards, begun as soon as a chunk is there."""
+        return [ScoredChunk(chunk, self.roles.scorer.score(chunk), None) for chunk in rollouts]
+
+    def judged(self, rollouts: Sequence[Pending[Rollouts]]) -> list[ScoredChunk]:
+        """With rewards and the reference's log-probs."""
         return [
-            ScoredChunk(chunk, roles.scorer.score(chunk), roles.reference.logprobs(chunk, temperature))
-            for chunk in rollouts
+            replace(chunk, ref_logprobs=self.reference_logprobs(chunk.rollouts))
+            for chunk in self.scored(rollouts)
         ]
+
+    def reference_logprobs(self, rollouts: Pending[Rollouts]) -> Pending[Ragged] | None:
+        reference = self.roles.reference
+        return reference.logprobs(rollouts, self.section.temperature) if reference else None
 
     @property
     def sampling(self) -> SamplingSpec:
-        return SamplingSpec(
-            max_completion_length=self.section.max_completion_length,
-            temperature=self.section.temperature,
-            num_generations=self.section.num_generations,
-        )
+        one = self.sampling_one(self.section.temperature)
+        return replace(one, num_generations=self.section.num_generations)
+
+    def sampling_one(self, temperature: float) -> SamplingSpec:
+        """One answer a prompt; the most likely one at temperature 0."""
+        return SamplingSpec(self.section.max_completion_length, temperature=temperature)
 
     def is_verified(self, version: int) -> bool:
         return version <= self.sync.verify_first or version % self.sync.verify_every == 0
@@ -136,7 +204,11 @@ class OnlineLoop:
         Raises:
             RlhfRayError: they differ.
         """
-        if step == 0 and self.starts_at_reference and abs(metrics["kl/per_token"]) > FIRST_KL_LIMIT:
+        is_same_model = self.starts_at_reference and self.roles.reference is not None
+        # The sampler's own log-probs differ from the reference's by the engine's numerics too.
+        if step or not is_same_model or not self.section.recompute_old_logprobs:
+            return
+        if abs(metrics["kl/per_token"]) > FIRST_KL_LIMIT:
             raise RlhfRayError(
                 f"the KL to the reference is {metrics['kl/per_token']:.3g} nats a token before the first "
                 "update, where policy and reference are one model: their log-probs are not computed alike"
@@ -145,10 +217,11 @@ class OnlineLoop:
     def evaluate(self) -> list[EvalRecord]:
         """One answer to each held-out prompt, sampled as in training, always with the same seed."""
         roles = self.roles
-        sampling = SamplingSpec(self.section.max_completion_length, temperature=self.section.temperature)
+        sampling = self.sampling_one(self.section.temperature)
         rollouts = roles.generator.generate(self.held_out, sampling, seed=derive_seed(self.run.seed))
-        logprobs = roles.policy.logprobs(rollouts)
-        return roles.experience.evaluate(self.scored(rollouts), logprobs).result()
+        judged = self.judged(rollouts)
+        logprobs = roles.policy.logprobs(rollouts) if roles.reference else None
+        return roles.experience.evaluate(judged, logprobs).result()
 
     def first_evaluation(self, start: int) -> list[EvalRecord]:
         """Of the policy before training; a resumed run reads what the first one found."""
@@ -168,7 +241,8 @@ class OnlineLoop:
 
     @property
     def models(self) -> dict[str, Policy | Critic]:
-        return {"policy": self.roles.policy, "critic": self.roles.critic}
+        critic = {"critic": self.roles.critic} if self.roles.critic else {}
+        return {"policy": self.roles.policy, **critic}
 
     def state(self, cursor: Cursor, kl: KLController) -> State:
         """All that moves besides the models."""
@@ -196,9 +270,10 @@ class OnlineLoop:
 
 
 def kl_controller(section: OnlineSection) -> KLController:
+    coef = section.recipe.kl_coef
     if section.kl_target is None:
-        return FixedKLController(section.kl_coef)
-    return AdaptiveKLController(section.kl_coef, section.kl_target, section.kl_horizon)
+        return FixedKLController(coef)
+    return AdaptiveKLController(coef, section.kl_target, section.kl_horizon)
 
 
 def evaluation_means(records: Sequence[EvalRecord]) -> Metrics:
@@ -207,8 +282,9 @@ def evaluation_means(records: Sequence[EvalRecord]) -> Metrics:
         name: [r.rewards[name] for r in records if not np.isnan(r.rewards[name])]
         for name in records[0].rewards
     }
+    kl = float(np.mean([r.kl for r in records]))
     return {
         **{f"eval/reward/{name}": float(np.mean(known)) for name, known in rewards.items() if known},
-        "eval/kl": float(np.mean([r.kl for r in records])),
+        **({"eval/kl": kl} if not np.isnan(kl) else {}),
         "eval/length": float(np.mean([r.length for r in records])),
     }

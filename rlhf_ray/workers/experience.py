@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_ray.algorithms import ALGORITHMS, AdvantageInputs
+from rlhf_ray.algorithms import AdvantageInputs, Advantages
 from rlhf_ray.algorithms.advantages import RewardShaping, RunningMeanStd, TokenRewards, token_rewards, whiten
-from rlhf_ray.algorithms.diagnostics import frac_zero_std, reward_length_correlation
+from rlhf_ray.algorithms.correction import correction_metrics, importance_weights
+from rlhf_ray.algorithms.diagnostics import frac_zero_std, has_signal, reward_length_correlation
 from rlhf_ray.algorithms.kl import reference_kl_metrics
 from rlhf_ray.algorithms.metrics import finalise
 from rlhf_ray.algorithms.mismatch import mismatch_metrics
+from rlhf_ray.algorithms.table import trained_mask
 from rlhf_ray.config.schema import ModelSection, OnlineSection
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.reporting.evaluation import EvalRecord
 from rlhf_ray.reporting.lineage import LineageBatch, write_lineage
-from rlhf_ray.types import Metrics, Ragged, RLBatch, Rollouts, Scores
+from rlhf_ray.types import Metrics, Ragged, RLBatch, Rollouts, Scores, StepInfo
+from rlhf_ray.workers.algorithm import algorithm_of, correction_of
 
 
 class ExperienceWorker:
@@ -33,90 +37,150 @@ class ExperienceWorker:
     def __init__(self, section: OnlineSection, policy: ModelSection, rollouts_folder: Path) -> None:
         torch.set_num_threads(1)
         self.section = section
+        self.algorithm = algorithm_of(section)
         self.tokenizer = load_tokenizer(policy)
         self.rollouts_folder = rollouts_folder
         self.reward_scale = RunningMeanStd()
 
     def prepare(
         self,
-        step: int,
-        version: int,
-        kl_coef: float,
-        old_logprobs: Ragged,
-        values: Ragged,
-        *chunks: Rollouts | Scores | Ragged,
+        info: StepInfo,
+        num_chunks: int,
+        old_logprobs: Ragged | None,
+        values: Ragged | None,
+        *columns: Rollouts | Scores | Ragged,
     ) -> tuple[RLBatch, Metrics]:
         """
         Args:
-            version: of the weights that sampled every token.
-            kl_coef: this step's coefficient, in the reward where the KL belongs there.
-            old_logprobs, values: of all rollouts, by the trainer and the critic.
-            chunks: n chunks of rollouts, then their n scores, then their n reference log-probs.
+            num_chunks: of rollouts to train on; more of them are greedy answers to the same prompts.
+            old_logprobs, values: of all rollouts, by trainer and critic; None as in `roles.Experience`.
+            columns: all chunks of rollouts, then their scores, then their reference log-probs if any.
 
         Raises:
             WeightSyncError: a token was sampled by weights of another version.
         """
-        rollouts, scores, ref_logprobs = _joined(chunks)
-        _check_version(rollouts, version, step)
-        shaped = self._shape(rollouts, scores, old_logprobs, ref_logprobs, kl_coef)
-        offsets = torch.from_numpy(rollouts.responses.offsets)
-        is_trained = torch.ones(len(rollouts.responses.values), dtype=torch.bool)
-        rewards = shaped.rewards
-        if self.section.whiten_rewards:
-            rewards = whiten(rewards, is_trained, shift_mean=False)
-        advantages, returns = ALGORITHMS[self.section.algorithm].advantages(
-            AdvantageInputs(
-                rewards=rewards,
-                values=torch.tensor(values.values),
-                offsets=offsets,
-                group_ids=torch.from_numpy(rollouts.prompt_ids),
-                gamma=self.section.gamma,
-                lam=self.section.lam,
-            )
-        )
-        if self.section.whiten_advantages:
+        judged, greedy = _joined(columns, num_chunks)
+        rollouts = judged.rollouts
+        _check_version(rollouts, info)
+        old = rollouts.logprobs if old_logprobs is None else old_logprobs
+        reference = old if judged.ref_logprobs is None else judged.ref_logprobs
+        shaped = self._shape(judged, old, reference, info.kl_coef)
+        found = self._advantages(rollouts, shaped.rewards, values, greedy)
+        is_trained = trained_mask(found)
+        advantages = found.advantages
+        if self.section.recipe.whiten_advantages:
             advantages = whiten(advantages, is_trained)
+        returns = advantages if found.returns is None else found.returns
+        weights = self._importance_weights(rollouts, old_logprobs, is_trained)
+        tokens = rollouts.responses
         batch = RLBatch(
             prompt_ids=rollouts.prompt_ids,
             prompts=rollouts.prompts,
-            responses=rollouts.responses,
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-            values=values,
-            advantages=values.with_values(advantages.numpy()),
-            returns=values.with_values(returns.float().numpy()),
-            is_trained=values.with_values(is_trained.numpy()),
+            responses=tokens,
+            old_logprobs=old,
+            ref_logprobs=reference,
+            values=tokens.with_values(np.zeros_like(old.values)) if values is None else values,
+            advantages=tokens.with_values(advantages.float().numpy()),
+            returns=tokens.with_values(returns.float().numpy()),
+            importance_weights=tokens.with_values(weights.float().numpy()),
+            is_trained=tokens.with_values(is_trained.numpy()),
         )
-        self._write_lineage(step, rollouts, scores, batch)
-        return batch, self._metrics(rollouts, scores, shaped, batch)
+        self._write_lineage(info.step, judged, batch)
+        return batch, {
+            **self._metrics(judged, shaped, batch),
+            **self._mismatch(rollouts, old_logprobs, weights, is_trained),
+        }
+
+    def _advantages(
+        self, rollouts: Rollouts, rewards: torch.Tensor, values: Ragged | None, greedy: Judged | None
+    ) -> Advantages:
+        if self.section.whiten_rewards:
+            rewards = whiten(rewards, torch.ones_like(rewards, dtype=torch.bool), shift_mean=False)
+        inputs = AdvantageInputs(
+            rewards=rewards,
+            values=torch.zeros_like(rewards) if values is None else torch.tensor(values.values),
+            offsets=torch.from_numpy(rollouts.responses.offsets),
+            group_ids=torch.from_numpy(rollouts.prompt_ids),
+            gamma=self.section.gamma,
+            lam=self.section.lam,
+            baseline=None if greedy is None else _of_greedy(greedy, rollouts),
+        )
+        return self.algorithm.advantages(inputs)
+
+    def _importance_weights(
+        self, rollouts: Rollouts, old_logprobs: Ragged | None, is_trained: torch.Tensor
+    ) -> torch.Tensor:
+        """[R]; 1 where nothing is to be corrected here."""
+        correction = correction_of(self.section)
+        if old_logprobs is None or correction is None:
+            return torch.ones(len(is_trained))
+        return importance_weights(
+            torch.tensor(old_logprobs.values),
+            torch.tensor(rollouts.logprobs.values),
+            torch.from_numpy(rollouts.responses.offsets),
+            is_trained,
+            correction,
+        )
+
+    def _mismatch(
+        self, rollouts: Rollouts, old_logprobs: Ragged | None, weights: torch.Tensor, is_trained: torch.Tensor
+    ) -> Metrics:
+        """Nothing where the trainer has not computed its own log-probs: the loss's ratio shows it then."""
+        if old_logprobs is None:
+            return {}
+        trainer, sampler = torch.tensor(old_logprobs.values), torch.tensor(rollouts.logprobs.values)
+        metrics = finalise(mismatch_metrics(trainer, sampler, torch.ones_like(is_trained)))
+        if self.section.importance_correction != "none":
+            metrics |= finalise(correction_metrics(weights, is_trained))
+        return metrics
+
+    def num_informative(self, rollouts: Rollouts, scores: Scores) -> int:
+        """Prompts whose answers did not all get the same reward."""
+        return int(has_signal(scores.total, rollouts.prompt_ids).sum())
+
+    def select(self, num_prompts: int, *columns: Rollouts | Scores) -> tuple[Rollouts, Scores]:
+        """The answers to so many of the prompts: first those that were told apart, in the order in which they
+        came (DAPO: Yu et al. 2025, section 3.2).
+
+        Args:
+            columns: chunks of rollouts, then their scores.
+        """
+        judged, _ = _joined(columns, len(columns) // 2)
+        ids = judged.rollouts.prompt_ids
+        order = list(dict.fromkeys(ids.tolist()))
+        informative = set(np.unique(ids)[has_signal(judged.scores.total, ids)].tolist())
+        chosen = sorted(order, key=lambda prompt: prompt not in informative)[:num_prompts]
+        rows = np.concatenate([np.flatnonzero(ids == prompt) for prompt in chosen])
+        return judged.rollouts.select(rows), judged.scores.select(rows)
 
     def _shape(
-        self, rollouts: Rollouts, scores: Scores, old_logprobs: Ragged, ref_logprobs: Ragged, kl_coef: float
+        self, judged: Judged, old_logprobs: Ragged, ref_logprobs: Ragged, kl_coef: float
     ) -> TokenRewards:
-        total = torch.tensor(scores.total)
-        if self.section.normalize_rewards:
+        section = self.section
+        total = torch.tensor(judged.scores.total)
+        if section.normalize_rewards:
             self.reward_scale.update(total)
             total = self.reward_scale.scale(total)
-        in_reward = self.section.kl_placement == "reward"
+        in_reward = section.recipe.kl_placement == "reward"
         shaping = RewardShaping(
             kl_coef=kl_coef if in_reward else 0.0,
-            missing_eos_penalty=self.section.missing_eos_penalty,
-            reward_clip=self.section.reward_clip,
+            missing_eos_penalty=section.missing_eos_penalty,
+            reward_clip=section.reward_clip,
+            overlong_buffer=round(section.recipe.overlong_buffer * section.max_completion_length),
+            max_length=section.max_completion_length,
         )
         return token_rewards(
             total,
-            torch.tensor(rollouts.finished),
+            torch.tensor(judged.rollouts.finished),
             torch.tensor(old_logprobs.values),
             torch.tensor(ref_logprobs.values),
-            torch.from_numpy(rollouts.responses.offsets),
+            torch.from_numpy(judged.rollouts.responses.offsets),
             shaping,
         )
 
-    def _metrics(self, rollouts: Rollouts, scores: Scores, shaped: TokenRewards, batch: RLBatch) -> Metrics:
+    def _metrics(self, judged: Judged, shaped: TokenRewards, batch: RLBatch) -> Metrics:
+        rollouts, scores = judged.rollouts, judged.scores
         lengths = rollouts.responses.lengths
-        offsets = torch.from_numpy(rollouts.responses.offsets)
-        trainer, sampler = torch.tensor(batch.old_logprobs.values), torch.tensor(rollouts.logprobs.values)
-        reference = torch.tensor(batch.ref_logprobs.values)
         optional = {
             "reward/frac_zero_std": frac_zero_std(scores.total, rollouts.prompt_ids),
             "length/reward_correlation": reward_length_correlation(scores.total, lengths),
@@ -135,30 +199,31 @@ class ExperienceWorker:
             "length/stop_fraction": float(rollouts.finished.mean()),
             "perf/num_samples": float(len(rollouts)),
             "perf/generated_tokens": float(lengths.sum()),
-            **finalise(reference_kl_metrics(trainer, reference, offsets)),
-            **finalise(mismatch_metrics(trainer, sampler, torch.ones_like(trainer, dtype=torch.bool))),
+            **(_kl_metrics(batch) if judged.ref_logprobs is not None else {}),
         }
 
-    def _write_lineage(self, step: int, rollouts: Rollouts, scores: Scores, batch: RLBatch) -> None:
-        prompts, responses = self._decode(rollouts)
+    def _write_lineage(self, step: int, judged: Judged, batch: RLBatch) -> None:
+        prompts, responses = self._decode(judged.rollouts)
         lineage = LineageBatch(
-            rollouts=rollouts,
-            scores=scores,
+            rollouts=judged.rollouts,
+            scores=judged.scores,
             prompt_texts=prompts,
             response_texts=responses,
-            kl=_kl_per_sequence(batch.old_logprobs, batch.ref_logprobs).astype(np.float32),
+            kl=_kl_per_sequence(batch.old_logprobs, judged.ref_logprobs).astype(np.float32),
             advantages=batch.advantages,
         )
         write_lineage(self.rollouts_folder, step, lineage)
 
-    def evaluate(self, logprobs: Ragged, *chunks: Rollouts | Scores | Ragged) -> list[EvalRecord]:
+    def evaluate(self, logprobs: Ragged | None, *columns: Rollouts | Scores | Ragged) -> list[EvalRecord]:
         """Judge answers to held-out prompts.
 
         Args:
-            logprobs: of all of them, by the current policy. chunks: as for `prepare`.
+            logprobs: of all of them, by the current policy; None where there is no reference.
+            columns: as for `prepare`.
         """
-        rollouts, scores, ref_logprobs = _joined(chunks)
-        kl = _kl_per_sequence(logprobs, ref_logprobs)
+        judged, _ = _joined(columns, sum(isinstance(column, Rollouts) for column in columns))
+        rollouts, scores = judged.rollouts, judged.scores
+        kl = _kl_per_sequence(rollouts.logprobs if logprobs is None else logprobs, judged.ref_logprobs)
         prompts, completions = self._decode(rollouts)
         return [
             EvalRecord(
@@ -185,23 +250,50 @@ class ExperienceWorker:
         self.reward_scale.load_state_dict(state)
 
 
-def _joined(chunks: Sequence[Rollouts | Scores | Ragged]) -> tuple[Rollouts, Scores, Ragged]:
-    third = len(chunks) // 3
-    rollouts = Rollouts.concat([c for c in chunks[:third] if isinstance(c, Rollouts)])
-    scores = [c for c in chunks[third : 2 * third] if isinstance(c, Scores)]
-    reference = Ragged.concat([c for c in chunks[2 * third :] if isinstance(c, Ragged)])
-    total = np.concatenate([s.total for s in scores])
-    parts = {name: np.concatenate([s.parts[name] for s in scores]) for name in scores[0].parts}
-    return rollouts, Scores(total, parts), reference
+@dataclass(frozen=True)
+class Judged:
+    """Chunks put together. ref_logprobs: None where there is no reference."""
+
+    rollouts: Rollouts
+    scores: Scores
+    ref_logprobs: Ragged | None
 
 
-def _check_version(rollouts: Rollouts, version: int, step: int) -> None:
-    found = np.unique(rollouts.versions.values)
-    if not np.array_equal(found, [version]):
-        raise WeightSyncError(
-            f"step {step}: its tokens were sampled by weights of version {', '.join(map(str, found))}, "
-            f"and version {version} was published last; an engine has missed an update"
+def _joined(columns: Sequence[Rollouts | Scores | Ragged], num_chunks: int) -> tuple[Judged, Judged | None]:
+    """The first `num_chunks` chunks, and those after them if there are any."""
+    rollouts = [c for c in columns if isinstance(c, Rollouts)]
+    scores = [c for c in columns if isinstance(c, Scores)]
+    reference = [c for c in columns if isinstance(c, Ragged)]
+    parts = [
+        Judged(
+            Rollouts.concat(rollouts[part]),
+            Scores.concat(scores[part]),
+            Ragged.concat(reference[part]) if reference[part] else None,
         )
+        for part in (slice(num_chunks), slice(num_chunks, None))
+        if rollouts[part]
+    ]
+    return parts[0], parts[1] if len(parts) > 1 else None
+
+
+def _of_greedy(greedy: Judged, rollouts: Rollouts) -> torch.Tensor:
+    """[B] the reward of the greedy answer to each row's prompt."""
+    rewards = dict(zip(greedy.rollouts.prompt_ids.tolist(), greedy.scores.total.tolist(), strict=True))
+    return torch.tensor([rewards[prompt] for prompt in rollouts.prompt_ids.tolist()])
+
+
+def _check_version(rollouts: Rollouts, info: StepInfo) -> None:
+    found = np.unique(rollouts.versions.values)
+    if not np.array_equal(found, [info.version]):
+        raise WeightSyncError(
+            f"step {info.step}: its tokens were sampled by weights of version {', '.join(map(str, found))}, "
+            f"and version {info.version} was published last; an engine has missed an update"
+        )
+
+
+def _kl_metrics(batch: RLBatch) -> Metrics:
+    policy, reference = torch.tensor(batch.old_logprobs.values), torch.tensor(batch.ref_logprobs.values)
+    return finalise(reference_kl_metrics(policy, reference, torch.from_numpy(batch.responses.offsets)))
 
 
 def _part_metrics(scores: Scores) -> Metrics:
@@ -214,7 +306,9 @@ def _part_metrics(scores: Scores) -> Metrics:
     return metrics
 
 
-def _kl_per_sequence(logprobs: Ragged, ref_logprobs: Ragged) -> NDArray[np.float64]:
-    """[B] nats."""
+def _kl_per_sequence(logprobs: Ragged, ref_logprobs: Ragged | None) -> NDArray[np.float64]:
+    """[B] nats; NaN where there is no reference."""
+    if ref_logprobs is None:
+        return np.full(len(logprobs), np.nan)
     difference = logprobs.values.astype(np.float64) - ref_logprobs.values.astype(np.float64)
     return np.bincount(logprobs.row_ids, weights=difference, minlength=len(logprobs)).astype(np.float64)

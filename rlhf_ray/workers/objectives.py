@@ -9,16 +9,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rlhf_ray.algorithms import ALGORITHMS
 from rlhf_ray.algorithms.aggregation import loss_denominator, loss_weights
+from rlhf_ray.algorithms.correction import remaining_weights
 from rlhf_ray.algorithms.metrics import MetricSums
-from rlhf_ray.algorithms.policy_losses import KLInLoss, PolicyLossSpec, PolicyTokens
+from rlhf_ray.algorithms.policy_losses import PolicyTokens
 from rlhf_ray.algorithms.preference_losses import bradley_terry_loss
 from rlhf_ray.algorithms.supervised_losses import next_token_loss
 from rlhf_ray.algorithms.value_losses import ValueTokens, value_loss
 from rlhf_ray.config.schema import OnlineSection
 from rlhf_ray.models.batching import TokenBatch, before_responses, before_targets, collate, last_positions
 from rlhf_ray.types import PairBatch, Ragged, RLBatch, SFTBatch
+from rlhf_ray.workers.algorithm import algorithm_of, correction_of, policy_loss_spec
 
 
 class SFTObjective:
@@ -75,12 +76,13 @@ class _RLObjective:
     def denominator(self, batch: RLBatch) -> float:
         offsets = torch.from_numpy(batch.responses.offsets)
         is_trained = torch.from_numpy(batch.is_trained.values)
-        return float(loss_denominator(offsets, is_trained, self.spec.loss_aggregation))
+        aggregation, longest = self.spec.recipe.loss_aggregation, self.spec.max_completion_length
+        return float(loss_denominator(offsets, is_trained, aggregation, longest))
 
     def weights(self, rows: RLBatch, device: torch.device) -> Tensor:
         offsets = torch.from_numpy(rows.responses.offsets)
         is_trained = torch.from_numpy(rows.is_trained.values)
-        return loss_weights(offsets, is_trained, self.spec.loss_aggregation).to(device)
+        return loss_weights(offsets, is_trained, self.spec.recipe.loss_aggregation).to(device)
 
 
 @dataclass(frozen=True)
@@ -108,15 +110,21 @@ class PolicyObjective(_RLObjective):
             ref_logprobs=torch.as_tensor(rows.ref_logprobs.values, device=device),
             advantages=torch.as_tensor(rows.advantages.values, device=device),
             weights=self.weights(rows, device),
+            importance_weights=self._importance_weights(rows, stats.logprobs.detach()),
+            offsets=torch.from_numpy(rows.responses.offsets).to(device),
         )
-        kl = None
-        if self.spec.kl_placement == "loss" and self.kl_coef > 0:
-            assert self.spec.kl_estimator != "k1"  # the schema refuses it
-            kl = KLInLoss(self.kl_coef, self.spec.kl_estimator)
-        loss_spec = PolicyLossSpec(
-            self.spec.cliprange, self.spec.cliprange, entropy_coef=self.spec.entropy_coef, kl=kl
-        )
-        return ALGORITHMS[self.spec.algorithm].policy_loss(tokens, loss_spec)
+        return algorithm_of(self.spec).policy_loss(tokens, policy_loss_spec(self.spec, self.kl_coef))
+
+    def _importance_weights(self, rows: RLBatch, logprobs: Tensor) -> Tensor:
+        """Those of the batch; what is left of them where the old log-probs are the sampler's."""
+        device = logprobs.device
+        correction = correction_of(self.spec)
+        if self.spec.recompute_old_logprobs or correction is None:
+            return torch.as_tensor(rows.importance_weights.values, device=device)
+        sampler = torch.as_tensor(rows.old_logprobs.values, device=device)
+        is_trained = torch.as_tensor(rows.is_trained.values, device=device)
+        offsets = torch.from_numpy(rows.responses.offsets).to(device)
+        return remaining_weights(logprobs, sampler, offsets, is_trained, correction)
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,7 @@ def test_an_empty_micro_batch_is_a_zero_with_a_gradient() -> None:
     [
         ("token", [1.0, 0.0, 1.0, 0.0, 0.0, 1.0], 3),
         ("sequence", [0.5, 0.0, 0.5, 0.0, 0.0, 1.0], 2),
+        ("constant", [1.0, 0.0, 1.0, 0.0, 0.0, 1.0], 2 * 10),
     ],
 )
 def test_weights_by_hand(aggregation: Aggregation, weights: list[float], denominator: int) -> None:
@@ -186,7 +187,7 @@ def test_weights_by_hand(aggregation: Aggregation, weights: list[float], denomin
     offsets = torch.tensor([0, 3, 5, 5, 6])
     is_trained = torch.tensor([True, False, True, False, False, True])
     assert loss_weights(offsets, is_trained, aggregation).tolist() == weights
-    assert loss_denominator(offsets, is_trained, aggregation) == denominator
+    assert loss_denominator(offsets, is_trained, aggregation, max_length=10) == denominator
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
@@ -200,7 +201,7 @@ def test_weights_and_denominator_give_the_mean_they_promise(aggregation: Aggrega
         torch.cat(rows).mean() if aggregation == "token" else torch.stack([r.mean() for r in rows]).mean()
     )
     total = (x * loss_weights(offsets, is_trained, aggregation)).sum()
-    result = total / loss_denominator(offsets, is_trained, aggregation)
+    result = total / loss_denominator(offsets, is_trained, aggregation, max_length=9)
     assert result.item() == pytest.approx(expected.item(), rel=1e-6)
 
 

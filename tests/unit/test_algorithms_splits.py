@@ -66,7 +66,7 @@ def train(part: Part, split: list[list[int]], aggregation: Aggregation, num_rank
     """Gradient and metrics of a step that runs each list of rows as a micro-batch, dealt out to ranks."""
     batch = Batch()
     whole = torch.from_numpy(batch.tokens.offsets)
-    denominator = loss_denominator(whole, batch.is_trained, aggregation)
+    denominator = loss_denominator(whole, batch.is_trained, aggregation, max_length=12)
     theta = torch.tensor([0.3, -0.2, 0.5, 0.1], dtype=torch.float64, requires_grad=True)
     of_ranks: list[list[MetricSums]] = [[] for _ in range(num_ranks)]
     for number, rows in enumerate(split):
@@ -83,7 +83,7 @@ def train(part: Part, split: list[list[int]], aggregation: Aggregation, num_rank
 
 
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_gradients_and_metrics_do_not_depend_on_the_split(
     name: str, aggregation: Aggregation, split: str
@@ -115,7 +115,7 @@ def test_sequence_mean_against_row_by_row() -> None:
     gradients = []
     for row in range(8):
         index, offsets = batch.part([row])
-        count = loss_denominator(offsets, batch.is_trained[index], "token")
+        count = loss_denominator(offsets, batch.is_trained[index], "token", max_length=12)
         if count == 0:
             continue
         theta = torch.tensor([0.3, -0.2, 0.5, 0.1], dtype=torch.float64, requires_grad=True)

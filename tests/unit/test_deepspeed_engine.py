@@ -17,7 +17,8 @@ from rlhf_ray.engines.deepspeed_engine import World
 from rlhf_ray.errors import CheckpointError
 from rlhf_ray.types import Metrics, Ragged, SFTBatch
 from rlhf_ray.workers.policy import PolicyWorker
-from tests.local_roles import run_ranks, single_world, weights_of, worker_spec
+from tests.local_roles import weights_of
+from tests.ranks import run_ranks, single_world, worker_spec
 from tests.tiny import tiny_model_folder
 
 STAGES = [0, 1, 2, 3]

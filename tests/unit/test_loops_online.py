@@ -16,7 +16,6 @@ from rlhf_ray.reporting.lineage import lineage_path, read_lineage
 from rlhf_ray.reporting.progress import Progress
 from tests.fakes import PowerCut, Watcher, cut_power
 from tests.local_roles import (
-    EXACT,
     LocalCritic,
     LocalPolicy,
     logged,
@@ -26,6 +25,7 @@ from tests.local_roles import (
     stage_run,
     weights_of,
 )
+from tests.ranks import EXACT
 from tests.tiny import tiny_model_folder
 
 TEXTS = ["boil an egg", "the capital", "a train", "soft yolk", "cold water", "the north"]

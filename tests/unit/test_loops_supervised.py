@@ -18,7 +18,8 @@ from rlhf_ray.types import Metrics, PairBatch, Ragged, SFTBatch
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.scalar import RewardTrainerWorker
 from tests.fakes import PowerCut, Watcher, cut_power
-from tests.local_roles import LocalPolicy, LocalRewardTrainer, logged, stage_run, weights_of, worker_spec
+from tests.local_roles import LocalPolicy, LocalRewardTrainer, logged, stage_run, weights_of
+from tests.ranks import worker_spec
 from tests.tiny import tiny_model_folder
 
 STEPS = 5

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_ray.engines.deepspeed_engine import World, init_world
 from rlhf_ray.weights.broadcast import TensorSpec
 from rlhf_ray.weights.source import ModuleWeightSource, layer_groups
-from tests.local_roles import run_ranks
+from tests.ranks import run_ranks
 from tests.tiny import tiny_model_folder
 
 LEARNING_RATE = 0.01

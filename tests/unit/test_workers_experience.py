@@ -10,7 +10,7 @@ import pytest
 from rlhf_ray.config.schema import ModelSection, OnlineSection
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.reporting.lineage import lineage_path, read_lineage
-from rlhf_ray.types import Metrics, Ragged, RLBatch, Rollouts, Scores
+from rlhf_ray.types import Metrics, Ragged, RLBatch, Rollouts, Scores, StepInfo
 from rlhf_ray.workers.experience import ExperienceWorker
 from tests.local_roles import online_section, random_rollouts, rollouts_of
 from tests.tiny import tiny_model_folder
@@ -50,7 +50,7 @@ def worker(model: ModelSection, folder: Path, section: OnlineSection) -> Experie
 def prepare(
     experience: ExperienceWorker, kl_coef: float = 0.1, scores: Scores = SCORES, step: int = 3
 ) -> tuple[RLBatch, Metrics]:
-    return experience.prepare(step, 3, kl_coef, OLD, VALUES, ROLLOUTS, scores, REF)
+    return experience.prepare(StepInfo(step, 3, kl_coef), 1, OLD, VALUES, ROLLOUTS, scores, REF)
 
 
 def test_two_rows_by_hand(model: ModelSection, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def in_chunks(
         *[Scores(scores.total[rows], {"gold": scores.parts["gold"][rows]}) for rows in chosen],
         *[ref.select(rows) for rows in chosen],
     ]
-    return experience.prepare(0, 0, 0.1, old.select(order), values.select(order), *parts)
+    return experience.prepare(StepInfo(0, 0, 0.1), len(cuts), old.select(order), values.select(order), *parts)
 
 
 @pytest.mark.parametrize("whiten", [False, True])
@@ -197,11 +197,11 @@ def test_tokens_of_other_weights_are_refused(model: ModelSection, tmp_path: Path
     with pytest.raises(
         WeightSyncError, match=r"step 4: .* weights of version 3, and version 4 was published"
     ):
-        experience.prepare(4, 4, 0.1, OLD, VALUES, ROLLOUTS, SCORES, REF)
+        experience.prepare(StepInfo(4, 4, 0.1), 1, OLD, VALUES, ROLLOUTS, SCORES, REF)
     mixed = ROLLOUTS.versions.with_values(np.array([4, 4, -1], dtype=np.int32))
     object.__setattr__(half := rollouts_of([[1], [1]], [[40, 2], [50]]), "versions", mixed)
     with pytest.raises(WeightSyncError, match="version -1, 4, and version 4"):
-        experience.prepare(4, 4, 0.1, OLD, VALUES, half, SCORES, REF)
+        experience.prepare(StepInfo(4, 4, 0.1), 1, OLD, VALUES, half, SCORES, REF)
     assert not lineage_path(tmp_path, 4).exists()
 
 
@@ -233,7 +233,7 @@ def test_groups_without_signal_are_counted(model: ModelSection, tmp_path: Path) 
     rollouts, _, ref, old, values = random_parts()
     scores = Scores(np.array([1, 1, 0, 2, 3, 3], np.float32), {})
     _, metrics = worker(model, tmp_path, online_section()).prepare(
-        0, 0, 0.1, old, values, rollouts, scores, ref
+        StepInfo(0, 0, 0.1), 1, old, values, rollouts, scores, ref
     )
     assert metrics["reward/frac_zero_std"] == pytest.approx(2 / 3)
 

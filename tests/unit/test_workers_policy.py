@@ -14,7 +14,8 @@ from rlhf_ray.config.schema import ModelSection, OnlineSection, TrainingSection
 from rlhf_ray.types import Ragged, RLBatch, Rollouts, SFTBatch
 from rlhf_ray.workers.frozen import ReferenceWorker
 from rlhf_ray.workers.policy import PolicyWorker
-from tests.local_roles import CPU, EXACT, online_section, random_rollouts, weights_of, worker_spec
+from tests.local_roles import CPU, online_section, random_rollouts, weights_of
+from tests.ranks import EXACT, worker_spec
 from tests.tiny import tiny_model_folder
 
 TEMPERATURE = 0.6
@@ -71,6 +72,7 @@ def rl_batch(rollouts: Rollouts, old: Ragged, ref: Ragged, advantages: np.ndarra
         values=zeros,
         advantages=old.with_values(advantages.astype(np.float32)),
         returns=zeros,
+        importance_weights=old.with_values(np.ones(len(old.values), np.float32)),
         is_trained=old.with_values(np.ones(len(old.values), dtype=bool)),
     )
 
@@ -145,12 +147,13 @@ def slow_ppo_loss(
         torch.tensor(column.values) for column in (batch.old_logprobs, batch.ref_logprobs, batch.advantages)
     )
     ratio = (logprobs - old).exp()
-    clipped = ratio.clamp(1 - section.cliprange, 1 + section.cliprange)
+    recipe = section.recipe
+    clipped = ratio.clamp(1 - recipe.cliprange, 1 + recipe.cliprange_high)
     losses = -torch.minimum(ratio * advantages, clipped * advantages) - section.entropy_coef * entropy
-    if section.kl_placement == "loss":
+    if recipe.kl_placement == "loss":
         d = logprobs - ref
-        losses = losses + kl_coef * (d**2 / 2 if section.kl_estimator == "k2" else torch.exp(-d) - 1 + d)
-    if section.loss_aggregation == "token":
+        losses = losses + kl_coef * (d**2 / 2 if recipe.kl_estimator == "k2" else torch.exp(-d) - 1 + d)
+    if recipe.loss_aggregation == "token":
         return losses.mean()
     return torch.stack([row.mean() for row in losses.split(batch.responses.lengths.tolist())]).mean()
 

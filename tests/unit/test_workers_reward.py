@@ -24,7 +24,8 @@ from rlhf_ray.models.loading import (
 from rlhf_ray.types import Ragged, Rollouts
 from rlhf_ray.workers.frozen import RewardWorker
 from rlhf_ray.workers.scalar import RewardTrainerWorker
-from tests.local_roles import CPU, EXACT, rollouts_of, worker_spec
+from tests.local_roles import CPU, rollouts_of
+from tests.ranks import EXACT, worker_spec
 from tests.tiny import tiny_model_folder, tiny_tokenizer
 
 PROMPT = ({"role": "user", "content": "How do I boil an egg?"},)

@@ -21,7 +21,8 @@ from rlhf_ray.loops.supervised import evaluate_pairs
 from rlhf_ray.models.loading import load_scalar_model
 from rlhf_ray.types import PairBatch, Ragged, RLBatch
 from rlhf_ray.workers.scalar import CriticWorker, RewardTrainerWorker
-from tests.local_roles import EXACT, LocalRewardTrainer, online_section, random_rollouts, worker_spec
+from tests.local_roles import LocalRewardTrainer, online_section, random_rollouts
+from tests.ranks import EXACT, worker_spec
 from tests.tiny import tiny_model_folder
 
 LENGTHS = [(4, 9), (12, 3), (2, 20), (7, 1)]
@@ -74,6 +75,7 @@ def rl_batch(values: Ragged, returns: np.ndarray) -> RLBatch:
         values=values,
         advantages=zeros,
         returns=values.with_values(returns.astype(np.float32)),
+        importance_weights=values.with_values(np.ones(len(values.values), np.float32)),
         is_trained=values.with_values(np.ones(len(returns), dtype=bool)),
     )
 

@@ -10,6 +10,7 @@ trained.
 
 from __future__ import annotations
 
+from rlhf_ray.config.schema.algorithms import RECIPES, AlgorithmName, Recipe
 from rlhf_ray.config.schema.base import (
     EMBEDDED_MODEL,
     EMBEDDED_TEMPLATE,
@@ -47,7 +48,9 @@ from rlhf_ray.config.schema.supervised import RewardSection, SFTSection
 __all__ = [
     "EMBEDDED_MODEL",
     "EMBEDDED_TEMPLATE",
+    "RECIPES",
     "STAGES",
+    "AlgorithmName",
     "Annotator",
     "CheckpointSection",
     "ClusterSection",
@@ -65,6 +68,7 @@ __all__ = [
     "PlacementSection",
     "Positive",
     "PreferencesSection",
+    "Recipe",
     "Reward",
     "RewardSection",
     "RoleSection",

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from rlhf_ray.config.schema.algorithms import (
+    MIN_GENERATIONS,
+    RECIPES,
+    USES_CRITIC,
+    Aggregation,
+    AlgorithmName,
+    KLEstimator,
+    KLPlacement,
+    Recipe,
+)
 from rlhf_ray.config.schema.base import (
     DatasetSection,
+    Fraction,
     ModelSection,
     NonNegative,
     OptimizerSection,
@@ -18,14 +30,25 @@ from rlhf_ray.config.schema.rewards import Reward
 
 
 class OnlineSection(Section):
-    """Reinforcement learning on the policy's own samples: PPO with a critic.
+    """Reinforcement learning on the policy's own samples.
 
+    Keys with the default null are the algorithm's own (`rlhf_ray/config/schema/algorithms.py` has the table).
     KL to the reference: `kl_placement: reward` subtracts kl_coef * k1 from every token's reward;
     `loss` adds kl_coef * (k2 or k3) to the loss. With `kl_target`, kl_coef adapts (Ziegler et al. 2019,
     section 2.2).
+
+    importance_correction: of the difference between sampler and trainer. `token`, `sequence` and `geometric`
+    say what a ratio is of; `truncate` cuts it at importance_cap, `mask` leaves out what is not in
+    [1 / importance_cap, importance_cap].
+    recompute_old_logprobs: false takes the sampler's log-probs for the old policy's and saves a forward pass;
+    the ratio of the loss is then that of trainer and sampler, and the correction applies to it.
+    advantage_function, policy_loss_function: functions of your own, `module:name`, in place of the
+    algorithm's (docs/algorithms.md).
     """
 
-    algorithm: Literal["ppo"] = "ppo"
+    algorithm: AlgorithmName = "ppo"
+    advantage_function: str | None = None
+    policy_loss_function: str | None = None
     model: ModelSection | None = None
     reference: ModelSection | None = Field(None, description="default: the model that training starts from")
     dataset: DatasetSection
@@ -41,27 +64,39 @@ class OnlineSection(Section):
 
     num_ppo_epochs: Positive = 1
     num_mini_batches: Positive = 1
-    cliprange: float = Field(0.2, gt=0)
+    cliprange: float | None = Field(None, gt=0)
+    cliprange_high: float | None = Field(
+        None, gt=0, description="upper side; null is the algorithm's own, or cliprange where that is given"
+    )
     cliprange_value: float | None = Field(0.2, gt=0, description="null switches value clipping off")
     gamma: float = Field(1.0, gt=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
     entropy_coef: float = Field(0.0, ge=0)
-    loss_aggregation: Literal["token", "sequence"] = Field(
-        "token",
-        description="mean over all tokens of the batch, or mean over sequences of each one's token mean",
-    )
+    loss_aggregation: Aggregation | None = None
 
-    kl_coef: float = Field(0.05, ge=0)
-    kl_placement: Literal["reward", "loss"] = "reward"
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_coef: float | None = Field(None, ge=0)
+    kl_placement: KLPlacement | None = None
+    kl_estimator: KLEstimator | None = None
     kl_target: float | None = Field(None, gt=0, description="nats a sequence")
     kl_horizon: Positive = Field(10_000, description="samples over which the adaptive kl_coef moves")
+    track_kl: bool = Field(
+        True, description="keep a reference to measure the KL even where kl_coef is 0; false saves its memory"
+    )
 
+    importance_correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"
+    ] = "token_truncate"
+    importance_cap: float = Field(2.0, gt=1)
+    recompute_old_logprobs: bool = True
+
+    dynamic_sampling: bool | None = None
+    max_sampling_rounds: Positive = Field(8, description="of dynamic sampling, in one step")
+    overlong_buffer: Fraction | None = None
     missing_eos_penalty: float = Field(0.0, ge=0)
     reward_clip: float | None = Field(None, gt=0)
     normalize_rewards: bool = Field(False, description="by the running standard deviation")
     whiten_rewards: bool = False
-    whiten_advantages: bool = True
+    whiten_advantages: bool | None = None
 
     critic_init: Literal["reward", "policy"] = "reward"
     critic_warmup_steps: NonNegative = Field(0, description="first steps that train only the critic")
@@ -74,43 +109,103 @@ class OnlineSection(Section):
     def samples_per_step(self) -> int:
         return self.prompts_per_step * self.num_generations
 
+    @property
+    def uses_critic(self) -> bool:
+        return self.algorithm in USES_CRITIC
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.track_kl or self.recipe.kl_coef > 0
+
+    @property
+    def recipe(self) -> Recipe:
+        """The algorithm's settings with this section's in their place."""
+        own = RECIPES[self.algorithm]
+        placement = self.kl_placement or own.kl_placement
+        # An estimator belongs to its place: moving the KL to the other place changes it too.
+        usual: KLEstimator = "k1" if placement == "reward" else "k3"
+        estimator = own.kl_estimator if placement == own.kl_placement else usual
+        given = {name: getattr(self, name) for name in vars(own) if getattr(self, name) is not None}
+        if self.cliprange is not None:
+            given.setdefault("cliprange_high", self.cliprange)
+        return replace(own, **{"kl_placement": placement, "kl_estimator": estimator, **given})
+
     @model_validator(mode="after")
     def _consistent(self) -> OnlineSection:
-        mistakes = []
-        if self.kl_placement == "reward" and self.kl_estimator != "k1":
-            mistakes.append(
-                f"kl_estimator={self.kl_estimator}: in the reward only k1 is unbiased; "
-                "use k1, or kl_placement: loss"
-            )
-        if self.kl_placement == "loss" and self.kl_estimator == "k1":
-            mistakes.append(
-                "kl_estimator=k1: its gradient in the loss does not depend on the reference (it is zero in "
-                "expectation); use k2 or k3, or kl_placement: reward"
-            )
+        mistakes = [*self._algorithm_mistakes(), *self._kl_mistakes(), *self._critic_mistakes()]
         if self.samples_per_step % self.num_mini_batches:
             mistakes.append(
                 f"num_mini_batches={self.num_mini_batches}: does not divide "
                 f"prompts_per_step * num_generations = {self.samples_per_step}"
             )
-        if self.critic_init == "reward" and not any(r.type == "model" for r in self.rewards):
-            mistakes.append(
-                "critic_init=reward: none of the rewards is of type model; use critic_init: policy"
-            )
         if all(reward.weight == 0 for reward in self.rewards):
             mistakes.append("rewards: every weight is 0, so there is nothing to train on")
-        if self.critic_warmup_steps >= self.num_steps:
-            mistakes.append(
-                f"critic_warmup_steps={self.critic_warmup_steps}: the policy would never be trained in "
-                f"num_steps={self.num_steps}; use fewer"
-            )
-        if self.kl_target is not None and self.samples_per_step >= 5 * self.kl_horizon:
-            mistakes.append(
-                f"kl_horizon={self.kl_horizon}: so short that kl_coef could fall below 0 in one step; "
-                f"use more than {self.samples_per_step // 5}"
-            )
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
             mistakes.append(f"rewards: names must differ, these do not: {', '.join(names)}")
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
+
+    def _algorithm_mistakes(self) -> list[str]:
+        mistakes = []
+        needed = 1 if self.advantage_function else MIN_GENERATIONS[self.algorithm]
+        if self.recipe.dynamic_sampling:
+            needed = max(needed, 2)
+        if self.num_generations < needed:
+            mistakes.append(
+                f"num_generations={self.num_generations}: {self.algorithm} compares the answers to a prompt "
+                f"and needs at least {needed}"
+            )
+        if self.algorithm == "remax" and self.recipe.dynamic_sampling:
+            mistakes.append(
+                "dynamic_sampling: remax compares each answer with the greedy one and learns from every "
+                "prompt; leave it out"
+            )
+        if not self.recompute_old_logprobs and self.importance_correction == "none":
+            mistakes.append(
+                "recompute_old_logprobs=false: without the trainer's own log-probs the difference between "
+                "sampler and trainer has to be bounded; set importance_correction, token_truncate for example"
+            )
+        if self.kl_target is not None and self.recipe.kl_coef == 0:
+            mistakes.append("kl_target: kl_coef is 0, and would stay so; give kl_coef a value to start from")
+        return mistakes
+
+    def _kl_mistakes(self) -> list[str]:
+        mistakes = []
+        recipe = self.recipe
+        if recipe.kl_placement == "reward" and recipe.kl_estimator != "k1":
+            mistakes.append(
+                f"kl_estimator={recipe.kl_estimator}: in the reward only k1 is unbiased; "
+                "use k1, or kl_placement: loss"
+            )
+        if recipe.kl_placement == "loss" and recipe.kl_estimator == "k1":
+            mistakes.append(
+                "kl_estimator=k1: its gradient in the loss does not depend on the reference (it is zero in "
+                "expectation); use k2 or k3, or kl_placement: reward"
+            )
+        if self.kl_target is not None and self.samples_per_step >= 5 * self.kl_horizon:
+            mistakes.append(
+                f"kl_horizon={self.kl_horizon}: so short that kl_coef could fall below 0 in one step; "
+                f"use more than {self.samples_per_step // 5}"
+            )
+        return mistakes
+
+    def _critic_mistakes(self) -> list[str]:
+        if not self.uses_critic:
+            return [
+                f"{key}: {self.algorithm} has no critic; leave it out, or use algorithm: ppo"
+                for key in ("critic_init", "critic_warmup_steps", "critic_optimizer")
+                if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default
+            ]
+        mistakes = []
+        if self.critic_init == "reward" and not any(r.type == "model" for r in self.rewards):
+            mistakes.append(
+                "critic_init=reward: none of the rewards is of type model; use critic_init: policy"
+            )
+        if self.critic_warmup_steps >= self.num_steps:
+            mistakes.append(
+                f"critic_warmup_steps={self.critic_warmup_steps}: the policy would never be trained in "
+                f"num_steps={self.num_steps}; use fewer"
+            )
+        return mistakes
