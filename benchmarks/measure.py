@@ -9,16 +9,24 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
+from rich.console import Console
+from rich.table import Table
 
 from rlhf_ray.reporting.metrics_log import RunResult, load_run
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Result = TypeVar("Result", bound="DataclassInstance")
 GIB = 1 << 30
 
 
@@ -107,6 +115,22 @@ def train_seed(config: str, seed: int, folder: Path, overrides: Sequence[str]) -
     if measured.exit_code:
         raise SystemExit(f"seed {seed} failed: see {log}")
     return measured, load_run(output)
+
+
+def run_seeds(
+    args: argparse.Namespace,
+    measure: Callable[[int, Path, Sequence[str]], Result],
+    table: Callable[[Sequence[Result]], Table],
+    overrides: Sequence[str],
+) -> int:
+    """Measure each seed, keep what is known after each of them, and print the table."""
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for seed in args.seeds:
+            results.append(measure(seed, args.folder or Path(temporary), overrides))
+            write_json(args.json, [asdict(result) for result in results])  # a later seed may fail
+    Console().print(table(results))
+    return 0
 
 
 def seeds_parser(name: str, about: str | None) -> argparse.ArgumentParser:

@@ -5,15 +5,13 @@ rlhf-ray bench quickstart --seeds 0 1 2 --json quickstart.json
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import GIB, seeds_parser, train_seed, write_json
+from benchmarks.measure import GIB, run_seeds, seeds_parser, train_seed
 from rlhf_ray.reporting.run_folder import RunFolder
 
 
@@ -107,15 +105,8 @@ def table_of(results: Sequence[SeedResult]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = seeds_parser("quickstart", __doc__)
-    args = parser.parse_args(argv)
-    results: list[SeedResult] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        for seed in args.seeds:
-            results.append(measure_seed(seed, args.folder or Path(temporary), args.overrides))
-            write_json(args.json, [asdict(result) for result in results])  # a later seed may fail
-    Console().print(table_of(results))
-    return 0
+    args = seeds_parser("quickstart", __doc__).parse_args(argv)
+    return run_seeds(args, measure_seed, table_of, args.overrides)
 
 
 if __name__ == "__main__":

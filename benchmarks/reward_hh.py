@@ -7,16 +7,14 @@ Without --data the dataset is the hub's. Each seed splits anew, by the first hum
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import seeds_parser, train_seed, write_json
+from benchmarks.measure import run_seeds, seeds_parser, train_seed
 
 
 @dataclass(frozen=True)
@@ -83,13 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="JSONL of chosen and rejected dialogues")
     args = parser.parse_args(argv)
     overrides = [*([f"reward.dataset.path={args.data.resolve()}"] if args.data else []), *args.overrides]
-    results: list[SeedResult] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        for seed in args.seeds:
-            results.append(measure_seed(seed, args.folder or Path(temporary), overrides))
-            write_json(args.json, [asdict(result) for result in results])  # a later seed may fail
-    Console().print(table_of(results))
-    return 0
+    return run_seeds(args, measure_seed, table_of, overrides)
 
 
 if __name__ == "__main__":

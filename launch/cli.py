@@ -101,6 +101,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         raise UserError(
             f"no command {command} (there are {', '.join(commands)}){_nearest(command, commands)}"
         )
+    if command == "bench":
+        # A benchmark has options of its own, and its own --help.
+        words = _without_own_help(words)
     arguments, left = parser.parse_known_args(words)
     if command is None:
         parser.error("which command?")
@@ -115,6 +118,15 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     elif left:
         raise UserError(f"{command}: what is {' '.join(left)} for? see rlhf-ray {command} --help")
     return arguments
+
+
+def _without_own_help(words: Sequence[str]) -> list[str]:
+    """With --help after a benchmark's name handed on to the benchmark."""
+    names = [index for index, word in enumerate(words) if not word.startswith("-")]
+    if len(names) < 2:
+        return list(words)
+    first, own = words[: names[1] + 1], words[names[1] + 1 :]
+    return [*first, *("--benchmark-help" if word in ("-h", "--help") else word for word in own)]
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -341,7 +353,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         raise UserError(f"no benchmark {arguments.name} (there are {', '.join(known) or 'none'}){hint}")
     module = importlib.import_module(f"benchmarks.{arguments.name}")
     options = ["--json", arguments.json] if arguments.json else []
-    return int(module.main([*options, *arguments.rest]) or 0)
+    rest = ["--help" if word == "--benchmark-help" else word for word in arguments.rest]
+    return int(module.main([*options, *rest]) or 0)
 
 
 def _benchmarks() -> list[str]:

@@ -243,6 +243,8 @@ def test_bench_runs_a_module_with_its_options(
     monkeypatch.setattr(benchmarks, "__path__", [str(tmp_path)])
     assert main(["bench", "speedy", "--json", "out.json", "--steps", "3"]) == 0
     assert capsys.readouterr().out == "['--json', 'out.json', '--steps', '3']\n"
+    assert main(["bench", "speedy", "--help"]) == 0
+    assert capsys.readouterr().out == "['--help']\n", "its own help"
     assert main(["bench", "speed"]) == 2
     assert (
         capsys.readouterr().err == "rlhf-ray: no benchmark speed (there are speedy); did you mean speedy?\n"
