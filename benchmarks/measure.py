@@ -103,18 +103,23 @@ def write_json(path: Path | None, result: object) -> None:
         path.write_text(json.dumps({"environment": environment(), "result": result}, indent=2) + "\n")
 
 
-def train_seed(config: str, seed: int, folder: Path, overrides: Sequence[str]) -> tuple[Measured, RunResult]:
-    """Run a packaged configuration as a user would, in a process of its own.
+def train_run(config: str, output: Path, overrides: Sequence[str]) -> tuple[Measured, RunResult]:
+    """Run a packaged configuration as a user would, in a process of its own; one that is done is only read.
 
     Raises:
         SystemExit: the run failed; names its log.
     """
-    output, log = folder / f"seed-{seed}", folder / f"seed-{seed}.log"
-    words = [config, f"output_dir={output}", f"seed={seed}", *overrides]
+    log = output.with_name(f"{output.name}.log")
+    words = [config, f"output_dir={output}", "resume=auto", *overrides]
     measured = run_measured([sys.executable, "-m", "launch", "train", *words], log)
     if measured.exit_code:
-        raise SystemExit(f"seed {seed} failed: see {log}")
+        raise SystemExit(f"{output} failed: see {log}")
     return measured, load_run(output)
+
+
+def train_seed(config: str, seed: int, folder: Path, overrides: Sequence[str]) -> tuple[Measured, RunResult]:
+    """`train_run` with a seed, in a folder of its own."""
+    return train_run(config, folder / f"seed-{seed}", [f"seed={seed}", *overrides])
 
 
 def run_seeds(

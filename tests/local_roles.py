@@ -63,8 +63,6 @@ SPEEDS = ("perf/tokens_per_second",)
 
 def online_section(**options: object) -> OnlineSection:
     """A small one; `options` replace its entries."""
-    is_ppo = options.get("algorithm", "ppo") == "ppo"
-    critic = {"critic_init": "policy", "critic_optimizer": {"learning_rate": 1e-3}} if is_ppo else {}
     return OnlineSection.model_validate(
         {
             "dataset": {"path": "prompts.jsonl"},
@@ -74,7 +72,8 @@ def online_section(**options: object) -> OnlineSection:
             "num_generations": 2,
             "max_completion_length": 8,
             "optimizer": {"learning_rate": 1e-3},
-            **critic,
+            "critic_init": "policy",
+            "critic_optimizer": {"learning_rate": 1e-3},
             **options,
         }
     )

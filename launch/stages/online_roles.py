@@ -121,7 +121,8 @@ class OnlineBuilder:
         **options: object,
     ) -> None:
         # The policy sits the first steps out while only the critic learns.
-        idle = self.section.critic_warmup_steps if group.name == "policy" else 0
+        sits_out = self.section.uses_critic and group.name == "policy"
+        idle = self.section.critic_warmup_steps if sits_out else 0
         steps = (self.section.num_steps - idle) * self.section.num_ppo_epochs * self.section.num_mini_batches
         self.context.build_trained(
             self.placement, group, factory, optimizer, steps, model=model, online=self.section, **options

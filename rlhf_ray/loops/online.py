@@ -121,7 +121,7 @@ class OnlineLoop:
                 info, sampled.chunks, old_logprobs, values, sampled.greedy
             )
             critic_report = roles.critic.train_rl(batch, step) if roles.critic else NOTHING
-            is_warm = step >= section.critic_warmup_steps
+            is_warm = roles.critic is None or step >= section.critic_warmup_steps
             policy_report = roles.policy.train_rl(batch, step, kl.coef) if is_warm else NOTHING
             metrics = {**report.result(), **critic_report.result(), **policy_report.result()}
             metrics |= {"kl/coef": kl.coef, **sampled.metrics}

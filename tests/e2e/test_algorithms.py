@@ -16,7 +16,6 @@ OVERRIDES = [
     "online.algorithm=dapo",
     "online.kl_target=null",
     "online.track_kl=false",
-    "online.critic_init=reward",  # back to the default: there is no critic
     "online.num_steps=2",
     "online.prompts_per_step=4",
     "online.recompute_old_logprobs=false",
