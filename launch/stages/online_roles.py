@@ -10,6 +10,7 @@ import torch
 from actors.engine_calls import RemoteEngineCalls
 from actors.group import ActorGroup
 from actors.roles import (
+    RemoteAdapterReference,
     RemoteCritic,
     RemoteExperience,
     RemoteGenerator,
@@ -23,6 +24,7 @@ from launch.stages.context import StageContext
 from launch.stages.generation import build_engines, demand_engine
 from rlhf_ray.config.schema import ModelSection, OnlineSection, OptimizerSection, Reward
 from rlhf_ray.loops.online import OnlineRoles
+from rlhf_ray.roles import Reference
 from rlhf_ray.types import Prompts, Ragged
 from rlhf_ray.weights.sync import Backend, TransferSpec, choose_backend
 
@@ -42,14 +44,20 @@ class OnlineModels:
         return [model for _, model in self.rewards if model is not None]
 
 
+def adapters_hold_reference(context: StageContext, models: OnlineModels) -> bool:
+    """Whether the policy without its adapters is the reference, which then needs no actor."""
+    return context.config.training.lora is not None and models.reference == models.policy
+
+
 def demands(context: StageContext, models: OnlineModels) -> list[RoleDemand]:
     placement = context.config.placement
     size = model_size(models.policy)
     rewards = frozen_memory(size, len(models.reward_models))
+    reference = RoleDemand("reference", placement.reference, context.main_memory(frozen_memory(size)))
     return [
         context.demand_trained("policy", models.policy),
         context.demand_trained("critic", models.policy),
-        RoleDemand("reference", placement.reference, context.main_memory(frozen_memory(size))),
+        *([] if adapters_hold_reference(context, models) else [reference]),
         RoleDemand("reward", placement.reward, context.main_memory(rewards)),
         demand_engine(context, models.policy),
     ]
@@ -79,7 +87,7 @@ class OnlineBuilder:
             scorer=RemoteScorer(
                 self._frozen("reward", policy=self.models.policy, sources=self.models.rewards)
             ),
-            reference=RemoteReference(self._frozen("reference", model=self.models.reference)),
+            reference=self._reference(policy),
             policy=RemotePolicy(policy, context.config.sync, generator, _probe(prompts)),
             critic=RemoteCritic(critic),
             experience=RemoteExperience(self._experience()),
@@ -87,6 +95,11 @@ class OnlineBuilder:
         self.placement.wait_until_built()
         self._connect(policy, engines, backend)
         return roles
+
+    def _reference(self, policy: ActorGroup) -> Reference:
+        if adapters_hold_reference(self.context, self.models):
+            return RemoteAdapterReference(policy)
+        return RemoteReference(self._frozen("reference", model=self.models.reference))
 
     def _policy_and_engines(self) -> tuple[ActorGroup, Backend, ActorGroup]:
         config = self.context.config
