@@ -250,6 +250,14 @@ class LocalReference:
 
 
 @dataclass
+class LocalAdapterReference:
+    worker: PolicyWorker
+
+    def logprobs(self, rollouts: Pending[Rollouts], temperature: float) -> Pending[Ragged]:
+        return Done(self.worker.reference_logprobs(rollouts.result(), temperature))
+
+
+@dataclass
 class _LocalTrained:
     worker: ModelWorker
 
@@ -378,7 +386,8 @@ def online_roles(
     training: TrainingSection = EXACT,
     num_engines: int = 1,
 ) -> OnlineRoles:
-    """All roles of the online stage, started from one model; the critic gets a new head."""
+    """All roles of the online stage, started from one model; the critic gets a new head. With adapters the
+    policy is its own reference."""
     steps = section.num_steps * section.num_ppo_epochs * section.num_mini_batches
     engines = [HandFedGenerator(Path(model.path)) for _ in range(num_engines)]
     policy = PolicyWorker(model, worker_spec(training, section.optimizer, total_steps=steps), section)
@@ -386,7 +395,9 @@ def online_roles(
     return OnlineRoles(
         generator=LocalGenerator(engines),
         scorer=LocalScorer(RewardWorker(model, rewards, training, CPU, threads=1)),
-        reference=LocalReference(ReferenceWorker(model, training, CPU, threads=1)),
+        reference=LocalAdapterReference(policy)
+        if training.lora
+        else LocalReference(ReferenceWorker(model, training, CPU, threads=1)),
         policy=LocalPolicy(policy, engines),
         critic=LocalCritic(critic),
         experience=LocalExperience(ExperienceWorker(section, model, rollouts_folder)),
