@@ -64,6 +64,17 @@ class RemoteReference:
         return cast(Pending[Ragged], self.group.call("logprobs", rollouts, temperature, kind="reference"))
 
 
+class RemoteAdapterReference:
+    """The policy without its adapters, in place of a model of its own. Args: group: the policy's."""
+
+    def __init__(self, group: ActorGroup) -> None:
+        self.group = group
+
+    def logprobs(self, rollouts: Pending[Rollouts], temperature: float) -> Pending[Ragged]:
+        logprobs = self.group.call("reference_logprobs", rollouts, temperature, kind="reference")
+        return cast(Pending[Ragged], logprobs)
+
+
 class RemoteTrained:
     def __init__(self, group: ActorGroup) -> None:
         self.group = group

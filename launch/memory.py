@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_ray.config.schema import EngineSection, ModelSection, TrainingSection
+from rlhf_ray.models.adapters import adapted_layers, linear_layers
 from rlhf_ray.models.heads import CHUNK_TOKENS
 from rlhf_ray.models.loading import materialise
 
@@ -23,12 +24,21 @@ float32 residual stream. With gradient checkpointing only the layer's own input 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Fields: width: of the hidden states. vocabulary: of the output head."""
+    """Fields: width: of the hidden states. vocabulary: of the output head. linear: name of a layer that can
+    have an adapter -> its inputs plus outputs."""
 
     parameters: int
     layers: int
     width: int
     vocabulary: int
+    linear: dict[str, int]
+
+    def trained(self, training: TrainingSection) -> int:
+        """Parameters that have a gradient; the head of a model that scores is left out, being small."""
+        if training.lora is None:
+            return self.parameters
+        adapted = adapted_layers(self.linear, training.lora)
+        return training.lora.rank * sum(self.linear[name] for name in adapted)
 
 
 def model_size(model: ModelSection) -> ModelSize:
@@ -39,20 +49,23 @@ def model_size(model: ModelSection) -> ModelSize:
     skeleton.tie_weights()
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     text = config.get_text_config()
-    return ModelSize(parameters, text.num_hidden_layers, text.hidden_size, text.vocab_size)
+    return ModelSize(
+        parameters, text.num_hidden_layers, text.hidden_size, text.vocab_size, linear_layers(skeleton)
+    )
 
 
 def trained_memory(size: ModelSize, training: TrainingSection, ranks: int) -> int:
-    """Bytes a rank: float32 weights and gradients, two Adam moments, a bfloat16 copy of the weights for
-    autocast, activations of a micro-batch, logits of a chunk and of its gradient.
+    """Bytes a rank: float32 weights, a bfloat16 copy of them for autocast, gradients and two Adam moments of
+    those that are trained, activations of a micro-batch, logits of a chunk and of its gradient.
 
     ZeRO divides over ranks: from stage 1 the moments (and DeepSpeed's flat copy of the weights), from stage 2
     the gradients, at stage 3 the weights.
     """
     stage = training.zero_stage
+    trained = size.trained(training)
     weights = 6 * size.parameters / (ranks if stage == 3 else 1)
-    gradients = 4 * size.parameters / (ranks if stage >= 2 else 1)
-    optimizer = (8 if stage == 0 else 12) * size.parameters / (ranks if stage >= 1 else 1)
+    gradients = 4 * trained / (ranks if stage >= 2 else 1)
+    optimizer = (8 if stage == 0 else 12) * trained / (ranks if stage >= 1 else 1)
     per_unit = 4 if training.gradient_checkpointing else ACTIVATION_BYTES
     activations = training.tokens_per_micro_batch * size.layers * size.width * per_unit
     logits = 4 * 4 * min(CHUNK_TOKENS, training.tokens_per_micro_batch) * size.vocabulary

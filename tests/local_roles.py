@@ -30,7 +30,7 @@ from rlhf_ray.reporting.evaluation import EvalRecord
 from rlhf_ray.reporting.metrics_log import MetricsLog, MetricsRow, read_metrics
 from rlhf_ray.reporting.progress import Progress, QuietProgress
 from rlhf_ray.reporting.run_folder import RunFolder
-from rlhf_ray.roles import Done, Pending, ScoredChunk
+from rlhf_ray.roles import Done, Pending, Reference, ScoredChunk
 from rlhf_ray.types import (
     JudgedPair,
     Metrics,
@@ -183,6 +183,14 @@ class LocalReference:
 
 
 @dataclass
+class LocalAdapterReference:
+    worker: PolicyWorker
+
+    def logprobs(self, rollouts: Pending[Rollouts], temperature: float) -> Pending[Ragged]:
+        return Done(self.worker.reference_logprobs(rollouts.result(), temperature))
+
+
+@dataclass
 class _LocalTrained:
     worker: ModelWorker
 
@@ -325,7 +333,8 @@ def online_roles(
     training: TrainingSection = EXACT,
     num_engines: int = 1,
 ) -> OnlineRoles:
-    """All roles of the online stage, started from one model; the critic gets a new head."""
+    """All roles of the online stage, started from one model; the critic gets a new head. With adapters the
+    policy is its own reference."""
     steps = section.num_steps * section.num_ppo_epochs * section.num_mini_batches
     engines = [HandFedGenerator(Path(model.path)) for _ in range(num_engines)]
     policy = PolicyWorker(model, worker_spec(training, section.optimizer, total_steps=steps), section)
@@ -333,8 +342,10 @@ def online_roles(
     if section.uses_critic:
         spec = worker_spec(training, section.critic_optimizer, total_steps=steps)
         critic = LocalCritic(CriticWorker(model, spec, section))
-    reference = None
-    if section.uses_reference:
+    reference: Reference | None = None
+    if section.uses_reference and training.lora:
+        reference = LocalAdapterReference(policy)
+    elif section.uses_reference:
         reference = LocalReference(ReferenceWorker(model, training, CPU, threads=1))
     return OnlineRoles(
         generator=LocalGenerator(engines),

@@ -10,6 +10,7 @@ import torch
 from actors.engine_calls import RemoteEngineCalls
 from actors.group import ActorGroup
 from actors.roles import (
+    RemoteAdapterReference,
     RemoteCritic,
     RemoteExperience,
     RemoteGenerator,
@@ -23,6 +24,7 @@ from launch.stages.context import StageContext
 from launch.stages.generation import build_engines, demand_engine
 from rlhf_ray.config.schema import ModelSection, OnlineSection, OptimizerSection, Reward
 from rlhf_ray.loops.online import OnlineRoles
+from rlhf_ray.roles import Reference
 from rlhf_ray.types import Prompts, Ragged
 from rlhf_ray.weights.sync import Backend, TransferSpec, choose_backend
 
@@ -42,6 +44,11 @@ class OnlineModels:
         return [model for _, model in self.rewards if model is not None]
 
 
+def adapters_hold_reference(context: StageContext, models: OnlineModels) -> bool:
+    """Whether the policy without its adapters is the reference, which then needs no actor."""
+    return context.config.training.lora is not None and models.reference == models.policy
+
+
 def demands(context: StageContext, models: OnlineModels) -> list[RoleDemand]:
     placement, section = context.config.placement, context.config.online
     assert section is not None
@@ -54,7 +61,7 @@ def demands(context: StageContext, models: OnlineModels) -> list[RoleDemand]:
     ]
     if section.uses_critic:
         found.append(context.demand_trained("critic", models.policy))
-    if section.uses_reference:
+    if section.uses_reference and not adapters_hold_reference(context, models):
         memory = context.main_memory(frozen_memory(size))
         found.append(RoleDemand("reference", placement.reference, memory))
     return found
@@ -83,7 +90,7 @@ class OnlineBuilder:
             scorer=RemoteScorer(
                 self._frozen("reward", policy=self.models.policy, sources=self.models.rewards)
             ),
-            reference=self._reference() if self.section.uses_reference else None,
+            reference=self._reference(policy) if self.section.uses_reference else None,
             policy=RemotePolicy(policy, context.config.sync, generator, _probe(prompts)),
             critic=critic,
             experience=RemoteExperience(self._experience()),
@@ -91,6 +98,11 @@ class OnlineBuilder:
         self.placement.wait_until_built()
         self._connect(policy, engines, backend)
         return roles
+
+    def _reference(self, policy: ActorGroup) -> Reference:
+        if adapters_hold_reference(self.context, self.models):
+            return RemoteAdapterReference(policy)
+        return RemoteReference(self._frozen("reference", model=self.models.reference))
 
     def _policy_and_engines(self) -> tuple[ActorGroup, Backend, ActorGroup]:
         config = self.context.config
@@ -132,9 +144,6 @@ class OnlineBuilder:
         group = self.placement.start("critic")
         self._trained(group, "scalar:CriticWorker", self.section.critic_optimizer, self._critic_start())
         return RemoteCritic(group)
-
-    def _reference(self) -> RemoteReference:
-        return RemoteReference(self._frozen("reference", model=self.models.reference))
 
     def _critic_start(self) -> ModelSection:
         return self.models.reward_models[0] if self.section.critic_init == "reward" else self.models.policy

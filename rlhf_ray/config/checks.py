@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from rlhf_ray.config import outline
 from rlhf_ray.config.document import Document, KeyPath, Raw, plain
 from rlhf_ray.config.loading import parse_document, read_document
-from rlhf_ray.config.model_checks import Kind, max_positions, model_mistakes, path_mistakes
+from rlhf_ray.config.model_checks import Kind, linear_names, max_positions, model_mistakes, path_mistakes
 from rlhf_ray.config.schema import (
     STAGES,
     DatasetSection,
@@ -39,6 +39,7 @@ from rlhf_ray.config.schema import (
     SFTSection,
     SimulatedAnnotator,
     StageName,
+    TrainingSection,
 )
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting.run_folder import RunFolder
@@ -236,6 +237,21 @@ def _lengths(parts: Parts) -> Iterator[Finding]:
                 )
 
 
+def _adapters(parts: Parts) -> Iterator[Finding]:
+    """`training.lora.target_modules` must name layers of every model that is trained."""
+    training = parts.get(TrainingSection, "training")
+    if training is None or training.lora is None or training.lora.target_modules == "all-linear":
+        return
+    from rlhf_ray.models.adapters import target_mistake
+
+    starts = [parts.start_of(stage) for stage in parts.stages if parts.document.holds((stage, "optimizer"))]
+    models = [parts.get(ModelSection, *start) for start in starts if start is not None]
+    for path in sorted({model.path for model in models if model and not model.trust_remote_code}):
+        layers = linear_names(path)
+        if layers is not None and (mistake := target_mistake(layers, training.lora)):
+            yield ("training", "lora", "target_modules"), f"in model {path} {mistake}"
+
+
 def _inputs(parts: Parts) -> Iterator[Finding]:
     """What a stage takes from an earlier one must be made there."""
     reward_stage = parts.get(RewardSection, "reward")
@@ -309,6 +325,7 @@ _CHECKS: tuple[Callable[[Parts], Iterator[Finding]], ...] = (
     _models,
     _functions,
     _lengths,
+    _adapters,
     _inputs,
     _ranks,
     _engine,

@@ -77,6 +77,25 @@ def max_positions(name: str) -> int | None:
     return None
 
 
+def linear_names(name: str) -> tuple[str, ...] | None:
+    """A language model's layers that can have an adapter; None where they cannot be told offline."""
+    path = _embedded_file() if name == EMBEDDED_MODEL else _path(name)
+    if path is None or any(path_mistakes(name, "either", has_template=True)) or not os.path.exists(path):
+        return None
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rlhf_ray.models.adapters import linear_layers
+
+    where = {"gguf_file": path.name} if os.path.isfile(path) else {}
+    try:
+        config = AutoConfig.from_pretrained(path.parent if where else path, **where)
+        with torch.device("meta"):
+            return tuple(linear_layers(AutoModelForCausalLM.from_config(config)))
+    except (ValueError, KeyError):  # an architecture that this version does not know: said when it is loaded
+        return None
+
+
 def _path(name: str) -> Path:
     # os.path, here and below, answers "no" for names that the system cannot hold, where pathlib raises.
     return Path(os.path.expanduser(name))

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.config.schema import OptimizerSection, TrainingSection
 from rlhf_ray.errors import CheckpointError
+from rlhf_ray.weights.source import ModuleWeightSource
 
 T = TypeVar("T")
 LAYOUT_FILE = "layout.json"
@@ -108,10 +109,15 @@ class TrainEngine:
         self.world = world
         self.precision = training.precision
         self.zero_stage = training.zero_stage
+        self.lora = training.lora
         module = build().to(world.device)
         if training.gradient_checkpointing:
             assert isinstance(module.model, PreTrainedModel)
-            module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # See `token_stats` on frozen weights.
+            reentrant = training.lora is not None
+            module.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+            )
         adam = torch.optim.AdamW(
             _parameter_groups(module, optimizer.weight_decay), lr=optimizer.learning_rate, betas=(0.9, 0.95)
         )
@@ -190,11 +196,19 @@ class TrainEngine:
         return parts  # type: ignore[return-value]
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """Name -> whole tensor on CPU on rank 0 ({} elsewhere); gathers parameter by parameter at stage 3."""
+        """Name in a checkpoint -> whole tensor on CPU, adapters merged, on rank 0 ({} elsewhere)."""
+        assert isinstance(self.module.model, nn.Module)
+        source = ModuleWeightSource(self.module.model, torch.float32, self.zero_stage)
+        return {name: tensor.to("cpu", copy=True) for name, tensor in source if self.world.rank == 0}
+
+    def trained_state_dict(self) -> dict[str, torch.Tensor]:
+        """Name in the model -> whole tensor on CPU of every trained parameter on rank 0 ({} elsewhere)."""
         import deepspeed
 
         state: dict[str, torch.Tensor] = {}
         for name, parameter in self.module.model.named_parameters():  # type: ignore[union-attr]
+            if not parameter.requires_grad:
+                continue
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
                 if self.world.rank == 0:
                     state[name] = parameter.detach().to("cpu", copy=True)
@@ -202,25 +216,35 @@ class TrainEngine:
 
     def save_state(self, folder: Path) -> None:
         self.engine.save_checkpoint(
-            str(folder), tag="state", save_latest=False, client_state={"rng": _rng_state()}
+            str(folder),
+            tag="state",
+            save_latest=False,
+            client_state={"rng": _rng_state()},
+            exclude_frozen_parameters=True,
         )
         if self.world.rank == 0:
             (folder / LAYOUT_FILE).write_text(json.dumps(self._layout))
 
     @property
-    def _layout(self) -> dict[str, int]:
+    def _layout(self) -> dict[str, object]:
         """What has to be equal for a state to be loaded: each rank reads its own part of the optimizer."""
-        return {"ranks": self.world.size, "zero_stage": self.zero_stage}
+        lora = self.lora.model_dump(mode="json") if self.lora else None
+        return {"ranks": self.world.size, "zero_stage": self.zero_stage, "lora": lora}
 
     def load_state(self, folder: Path) -> None:
         """
         Raises:
-            CheckpointError: the folder does not hold a state of this world size and ZeRO stage.
+            CheckpointError: the folder does not hold a state of this world size, ZeRO stage and adapter.
         """
         path = folder / LAYOUT_FILE
         if not path.exists():
             raise CheckpointError(f"{folder}: no state there")
         saved = json.loads(path.read_text())
+        if saved["lora"] != self._layout["lora"]:
+            raise CheckpointError(
+                f"{folder}: saved with training.lora={saved['lora']}, and cannot be loaded with "
+                f"{self._layout['lora']}; resume with the training.lora of the first run"
+            )
         if saved != self._layout:
             raise CheckpointError(
                 f"{folder}: saved by {saved['ranks']} ranks at ZeRO {saved['zero_stage']}, and cannot be "
@@ -228,7 +252,12 @@ class TrainEngine:
                 "training.zero_stage of the first run"
             )
         try:
-            _, client = self.engine.load_checkpoint(str(folder), tag="state")
+            _, client = self.engine.load_checkpoint(
+                # What is frozen is not part of the state.
+                str(folder),
+                tag="state",
+                load_module_strict=self.lora is None,
+            )
         except (OSError, RuntimeError, AssertionError, KeyError, EOFError, UnpicklingError) as error:
             raise CheckpointError(
                 f"{folder}: damaged: {error}; remove it to resume from an earlier one"
@@ -237,15 +266,16 @@ class TrainEngine:
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Decay matrices, not norms and biases."""
+    """What is trained; decay matrices, not norms and biases."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    # DeepSpeed takes no empty group.
+    groups = {True: [p for p in trained if p.dim() >= 2], False: [p for p in trained if p.dim() < 2]}
     if weight_decay == 0:
-        return [{"params": list(module.parameters()), "weight_decay": 0.0}]
-    # ds_shape: at stage 3 the local tensor is a flat piece.
-    is_matrix = [len(getattr(p, "ds_shape", p.shape)) >= 2 for p in module.parameters()]
-    pairs = list(zip(module.parameters(), is_matrix, strict=True))
+        groups = {False: trained}
     return [
-        {"params": [p for p, matrix in pairs if matrix], "weight_decay": weight_decay},
-        {"params": [p for p, matrix in pairs if not matrix], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        for decays, parameters in groups.items()
+        if parameters
     ]
 
 

@@ -37,7 +37,8 @@ def token_stats(
 ) -> TokenStats:
     """Apply the language-model head chunk by chunk, so that [N, vocabulary] never exists.
 
-    The logits of a chunk are recomputed in the backward pass instead of kept.
+    The logits of a chunk are recomputed in the backward pass instead of kept. A frozen head wants reentrant
+    checkpoints: the others keep the parameter itself, which ZeRO-3 has emptied again before its use.
 
     Args:
         hidden: [N, H] last hidden states; targets: [N].
@@ -61,10 +62,12 @@ def token_stats(
 
     chunks = zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
     if torch.is_grad_enabled():
-        parts = [checkpoint(chunk_stats, h, t, use_reentrant=False) for h, t in chunks]
+        reentrant = not any(parameter.requires_grad for parameter in head.parameters())
+        parts = [checkpoint(chunk_stats, h, t, use_reentrant=reentrant) for h, t in chunks]
     else:
         parts = [chunk_stats(h, t) for h, t in chunks]
-    return TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    logprobs, entropy, is_top = (torch.cat(column) for column in zip(*parts, strict=True))
+    return TokenStats(logprobs, entropy if entropy_has_grad else entropy.detach(), is_top)
 
 
 def num_head_chunks(token_budget: int) -> int:

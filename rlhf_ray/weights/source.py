@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from rlhf_ray.models.adapters import CheckpointWeight, checkpoint_weights
 from rlhf_ray.weights.broadcast import TensorSpec
 
 
@@ -50,9 +51,9 @@ class ModuleWeightSource:
     """The parameters of a Hugging Face module that DeepSpeed trains.
 
     Names are those of the checkpoint: a weight that several modules share appears once, under the name of the
-    first, and the prefix of a wrapper is cut off. At ZeRO 0 to 2 every rank holds the full, updated
-    parameters. At ZeRO 3 each holds a part, and one layer at a time is gathered and let go again, so never
-    more than a layer is whole.
+    first, and the prefix of a wrapper is cut off. Adapters are merged on the way, into new tensors. At ZeRO 0
+    to 2 every rank holds the full, updated parameters. At ZeRO 3 each holds a part, and one layer at a time
+    is gathered and let go again, so never more than a layer is whole.
     """
 
     def __init__(self, module: nn.Module, wire_dtype: torch.dtype, zero_stage: int, prefix: str = "") -> None:
@@ -64,9 +65,9 @@ class ModuleWeightSource:
             prefix: of the parameters to send, where `module` holds the model inside; parameters without it
                 stay.
         """
-        self._parameters = {
-            name.removeprefix(prefix): parameter
-            for name, parameter in module.named_parameters()
+        self._weights = {
+            name.removeprefix(prefix): weight
+            for name, weight in checkpoint_weights(module).items()
             if name.startswith(prefix)
         }
         self._wire_dtype = wire_dtype
@@ -74,12 +75,12 @@ class ModuleWeightSource:
 
     def metadata(self) -> list[TensorSpec]:
         return [
-            TensorSpec(name, self._wire_dtype, self._full_shape(parameter))
-            for name, parameter in self._parameters.items()
+            TensorSpec(name, self._wire_dtype, self._full_shape(weight.parameter))
+            for name, weight in self._weights.items()
         ]
 
     def groups(self) -> list[list[str]]:
-        return layer_groups(list(self._parameters))
+        return layer_groups(list(self._weights))
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for names, tensors in self.iter_groups():
@@ -87,14 +88,15 @@ class ModuleWeightSource:
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
         for names in self.groups():
-            yield names, self._group([self._parameters[name] for name in names])
+            yield names, self._group([self._weights[name] for name in names])
 
     @torch.no_grad()
-    def _group(self, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    def _group(self, weights: list[CheckpointWeight]) -> list[torch.Tensor]:
         """The full tensors; at ZeRO 3 copies, since the parameters' own memory is given back on leaving."""
-        with self._gathered(parameters):
+        with self._gathered([parameter for weight in weights for parameter in weight.parameters]):
             return [
-                parameter.detach().to(self._wire_dtype, copy=self._is_partitioned) for parameter in parameters
+                weight.merged().to(self._wire_dtype, copy=self._is_partitioned and weight.layer is None)
+                for weight in weights
             ]
 
     def _gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:

@@ -17,10 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.algorithms.metrics import MetricSums, finalise, merge, pack, unpack
 from rlhf_ray.config.schema import OptimizerSection, TrainingSection
 from rlhf_ray.engines.deepspeed_engine import TrainEngine, World, init_world, leave_world
+from rlhf_ray.models.adapters import add_adapter, save_adapter
 from rlhf_ray.models.batching import TokenBatch, plan_micro_batches
+from rlhf_ray.models.heads import PolicyModel, ScalarModel
 from rlhf_ray.models.inference import forward_rows, in_row_order
 from rlhf_ray.models.loading import save_model_folder
 from rlhf_ray.types import Metrics, Ragged, Rows
+
+ADAPTER_FOLDER = "adapter"
+"""In the folder of a model that was trained with adapters."""
 
 BatchT = TypeVar("BatchT", bound=Rows)
 BatchT_contra = TypeVar("BatchT_contra", bound=Rows, contravariant=True)
@@ -59,14 +64,25 @@ class ModelWorker:
     """Args: name: prefix of this model's metrics (`policy`, `critic`, `reward`)."""
 
     def __init__(
-        self, name: str, build: Callable[[], nn.Module], tokenizer: PreTrainedTokenizerBase, spec: WorkerSpec
+        self,
+        name: str,
+        build: Callable[[], PolicyModel | ScalarModel],
+        tokenizer: PreTrainedTokenizerBase,
+        spec: WorkerSpec,
     ) -> None:
         init_world(spec.world)
         self.name = name
         self.spec = spec
         self.world = spec.world
         self.tokenizer = tokenizer
-        self.engine = TrainEngine(build, spec.optimizer, spec.training, spec.world, spec.total_steps)
+
+        def adapted() -> nn.Module:
+            module = build()
+            if spec.training.lora is not None:
+                add_adapter(module, spec.training.lora, spec.seed)
+            return module
+
+        self.engine = TrainEngine(adapted, spec.optimizer, spec.training, spec.world, spec.total_steps)
 
     def update(
         self,
@@ -150,11 +166,16 @@ class ModelWorker:
         return in_row_order(self.engine.gather_objects(part))
 
     def save_model(self, folder: Path) -> None:
+        """Write a Hugging Face folder; of a model with adapters these are merged, and are in `adapter/`
+        too."""
         state = self.engine.full_state_dict()
+        trained = self.engine.trained_state_dict() if self.spec.training.lora is not None else {}
         if self.world.rank == 0:
             model = self.engine.module.model
             assert isinstance(model, PreTrainedModel)
             save_model_folder(model, state, self.tokenizer, folder)
+            if trained:
+                save_adapter(model, trained, folder / ADAPTER_FOLDER)
 
     def save_state(self, folder: Path) -> None:
         self.engine.save_state(folder)

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_ray.config.schema import ModelSection, OnlineSection
+from rlhf_ray.models.adapters import adapters_off
 from rlhf_ray.models.batching import TokenBatch, before_responses
 from rlhf_ray.models.heads import PolicyModel
 from rlhf_ray.models.loading import load_policy_model, load_tokenizer
@@ -58,6 +59,13 @@ class PolicyWorker(ModelWorker):
         assert self.online is not None
         rollouts = Rollouts.concat(chunks)
         return self._logprobs(rollouts.sequences, rollouts.prompts.lengths, self.online.temperature)
+
+    def reference_logprobs(self, rollouts: Rollouts, temperature: float) -> Ragged:
+        """As `ReferenceWorker.logprobs` of the model that training started from: this one without its
+        adapters."""
+        assert isinstance(self.engine.module.model, torch.nn.Module)
+        with adapters_off(self.engine.module.model):
+            return self._logprobs(rollouts.sequences, rollouts.prompts.lengths, temperature)
 
     def probe(self, sequences: Ragged) -> Ragged:
         """Log-probs at temperature 1 of the tokens after each row's first: what an engine must agree with."""

@@ -116,6 +116,18 @@ def test_a_section_written_in_part_keeps_the_defaults_of_its_place() -> None:
         ("model: [1, 2]", "my.yaml:8: model=[1, 2]: must be a section, not a list"),
         ("training: {zero_stage: 4}", "my.yaml:8: training.zero_stage=4: must be 0, 1, 2 or 3"),
         (
+            "training: {lora: {rank: 0}}",
+            "my.yaml:8: training.lora.rank=0: must be a whole number greater than 0",
+        ),
+        (
+            "training: {lora: {target_modules: all}}",
+            "my.yaml:8: training.lora.target_modules=all: must be all-linear or a list with at least 1 entry",
+        ),
+        (
+            "training: {lora: {dropout: 0.1}}",
+            "my.yaml:8: training.lora.dropout=0.1: unknown key; known here: rank, alpha, target_modules",
+        ),
+        (
             "placement: {policy: {cpus: many}}",
             "my.yaml:8: placement.policy.cpus=many: must be a number or auto",
         ),

