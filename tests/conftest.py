@@ -1,10 +1,12 @@
-"""Fixtures of all tests: a Ray cluster for a module, the command line in a process of its own, and GPUs."""
+"""Fixtures of all tests: a Ray cluster for a module, the command line and TRL in own processes, and GPUs."""
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rlhf_ray(workplace: Path) -> CommandLine:
     """The command line, run in the workplace."""
     return CommandLine(workplace)
+
+
+@pytest.fixture(scope="session")
+def trl_process() -> Iterator[Executor]:
+    """A process that may import TRL, and with it vLLM and Ray; one, since the import takes long."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        yield executor

@@ -64,6 +64,8 @@ class ExperienceWorker:
         _check_version(rollouts, info)
         old = rollouts.logprobs if old_logprobs is None else old_logprobs
         reference = old if judged.ref_logprobs is None else judged.ref_logprobs
+        if self.section.normalize_rewards:
+            self.reward_scale.update(torch.tensor(judged.scores.total))
         shaped = self._shape(judged, old, reference, info.kl_coef)
         found = self._advantages(rollouts, shaped.rewards, values, greedy)
         is_trained = trained_mask(found)
@@ -103,9 +105,16 @@ class ExperienceWorker:
             group_ids=torch.from_numpy(rollouts.prompt_ids),
             gamma=self.section.gamma,
             lam=self.section.lam,
-            baseline=None if greedy is None else _of_greedy(greedy, rollouts),
+            baseline=None if greedy is None else self._of_greedy(greedy, rollouts),
         )
         return self.algorithm.advantages(inputs)
+
+    def _of_greedy(self, greedy: Judged, rollouts: Rollouts) -> torch.Tensor:
+        """[B] the reward of the greedy answer to each row's prompt, shaped like those it is compared with."""
+        own = greedy.rollouts.logprobs
+        scores = self._shape(greedy, own, own, kl_coef=0.0).scores
+        rewards = dict(zip(greedy.rollouts.prompt_ids.tolist(), scores.tolist(), strict=True))
+        return torch.tensor([rewards[prompt] for prompt in rollouts.prompt_ids.tolist()])
 
     def _importance_weights(
         self, rollouts: Rollouts, old_logprobs: Ragged | None, is_trained: torch.Tensor
@@ -159,7 +168,6 @@ class ExperienceWorker:
         section = self.section
         total = torch.tensor(judged.scores.total)
         if section.normalize_rewards:
-            self.reward_scale.update(total)
             total = self.reward_scale.scale(total)
         in_reward = section.recipe.kl_placement == "reward"
         shaping = RewardShaping(
@@ -274,12 +282,6 @@ def _joined(columns: Sequence[Rollouts | Scores | Ragged], num_chunks: int) -> t
         if rollouts[part]
     ]
     return parts[0], parts[1] if len(parts) > 1 else None
-
-
-def _of_greedy(greedy: Judged, rollouts: Rollouts) -> torch.Tensor:
-    """[B] the reward of the greedy answer to each row's prompt."""
-    rewards = dict(zip(greedy.rollouts.prompt_ids.tolist(), greedy.scores.total.tolist(), strict=True))
-    return torch.tensor([rewards[prompt] for prompt in rollouts.prompt_ids.tolist()])
 
 
 def _check_version(rollouts: Rollouts, info: StepInfo) -> None:

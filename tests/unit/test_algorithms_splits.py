@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,8 +12,17 @@ from torch import Tensor
 
 from rlhf_ray.algorithms.aggregation import Aggregation, loss_denominator, loss_weights
 from rlhf_ray.algorithms.metrics import MetricSums, finalise, merge, pack, unpack
-from rlhf_ray.algorithms.policy_losses import KLInLoss, PolicyLossSpec, PolicyTokens, ppo_policy_loss
+from rlhf_ray.algorithms.policy_losses import (
+    KLInLoss,
+    PolicyLossSpec,
+    PolicyTokens,
+    cispo_policy_loss,
+    gspo_policy_loss,
+    likelihood_loss,
+    ppo_policy_loss,
+)
 from rlhf_ray.algorithms.preference_losses import bradley_terry_loss
+from rlhf_ray.algorithms.table import PolicyLossFunction
 from rlhf_ray.algorithms.value_losses import ValueTokens, value_loss
 from rlhf_ray.types import Metrics, Ragged
 
@@ -25,6 +35,7 @@ SPLITS = {
 }
 SPEC = PolicyLossSpec(0.1, 0.2, entropy_coef=0.05, kl=KLInLoss(0.3, "k2"))
 Outcome = tuple[Tensor, Metrics]
+LossOfPart = Callable[["Batch", Tensor, "Part"], tuple[Tensor, MetricSums]]
 
 
 class Batch:
@@ -47,22 +58,43 @@ class Batch:
         return torch.from_numpy(selected.values), torch.from_numpy(selected.offsets)
 
 
-def policy_part(batch: Batch, theta: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, MetricSums]:
-    logprobs = batch.features[index] @ theta
-    old, ref, advantages, _ = batch.constants[:, index]
-    return ppo_policy_loss(PolicyTokens(logprobs, logprobs.sin(), old, ref, advantages, weights), SPEC)
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch: indices of its tokens, its rows and its weights."""
+
+    index: Tensor
+    offsets: Tensor
+    weights: Tensor
 
 
-def value_part(batch: Batch, theta: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, MetricSums]:
-    old, returns, _, _ = batch.constants[:, index]
-    return value_loss(ValueTokens(batch.features[index] @ theta, old, returns, weights), 0.2)
+def policy_loss_of(policy_loss: PolicyLossFunction) -> LossOfPart:
+    def loss(batch: Batch, theta: Tensor, part: Part) -> tuple[Tensor, MetricSums]:
+        logprobs = batch.features[part.index] @ theta
+        old, ref, advantages, log_importance = batch.constants[:, part.index]
+        columns = (logprobs, logprobs.sin(), old, ref, advantages, part.weights)
+        return policy_loss(PolicyTokens(*columns, log_importance.exp(), part.offsets), SPEC)
+
+    return loss
 
 
-PARTS = {"policy": policy_part, "value": value_part}
-Part = Callable[[Batch, Tensor, Tensor, Tensor], tuple[Tensor, MetricSums]]
+def loss_of_values(batch: Batch, theta: Tensor, part: Part) -> tuple[Tensor, MetricSums]:
+    old, returns, _, _ = batch.constants[:, part.index]
+    return value_loss(ValueTokens(batch.features[part.index] @ theta, old, returns, part.weights), 0.2)
 
 
-def train(part: Part, split: list[list[int]], aggregation: Aggregation, num_ranks: int = 1) -> Outcome:
+PPO = policy_loss_of(ppo_policy_loss)
+LOSSES = {
+    "ppo": PPO,
+    "gspo": policy_loss_of(gspo_policy_loss),
+    "cispo": policy_loss_of(cispo_policy_loss),
+    "likelihood": policy_loss_of(likelihood_loss),
+    "value": loss_of_values,
+}
+
+
+def train(
+    loss_of: LossOfPart, split: list[list[int]], aggregation: Aggregation, num_ranks: int = 1
+) -> Outcome:
     """Gradient and metrics of a step that runs each list of rows as a micro-batch, dealt out to ranks."""
     batch = Batch()
     whole = torch.from_numpy(batch.tokens.offsets)
@@ -72,7 +104,7 @@ def train(part: Part, split: list[list[int]], aggregation: Aggregation, num_rank
     for number, rows in enumerate(split):
         index, offsets = batch.part(rows)
         weights = loss_weights(offsets, batch.is_trained[index], aggregation)
-        loss, metrics = part(batch, theta, index, weights)
+        loss, metrics = loss_of(batch, theta, Part(index, offsets, weights))
         (loss / denominator).backward()
         of_ranks[number % num_ranks].append(metrics)
     merged = [merge(metrics) for metrics in of_ranks]
@@ -82,30 +114,30 @@ def train(part: Part, split: list[list[int]], aggregation: Aggregation, num_rank
     return theta.grad, finalise(reduced)
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_gradients_and_metrics_do_not_depend_on_the_split(
     name: str, aggregation: Aggregation, split: str
 ) -> None:
-    gradient, metrics = train(PARTS[name], SPLITS["1x8"], aggregation)
-    other_gradient, other_metrics = train(PARTS[name], SPLITS[split], aggregation)
+    gradient, metrics = train(LOSSES[name], SPLITS["1x8"], aggregation)
+    other_gradient, other_metrics = train(LOSSES[name], SPLITS[split], aggregation)
     torch.testing.assert_close(other_gradient, gradient, rtol=1e-6, atol=1e-9)
     assert other_metrics == pytest.approx(metrics, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("split", ["2x4", "8x1", "uneven, shuffled, one empty"])
 def test_two_ranks_give_the_same(name: str, split: str) -> None:
-    gradient, metrics = train(PARTS[name], SPLITS["1x8"], "token")
-    other_gradient, other_metrics = train(PARTS[name], SPLITS[split], "token", num_ranks=2)
+    gradient, metrics = train(LOSSES[name], SPLITS["1x8"], "token")
+    other_gradient, other_metrics = train(LOSSES[name], SPLITS[split], "token", num_ranks=2)
     torch.testing.assert_close(other_gradient, gradient, rtol=1e-12, atol=1e-14)
     assert other_metrics == pytest.approx(metrics, rel=1e-12)
 
 
 def test_token_and_sequence_means_differ_on_uneven_rows() -> None:
-    token, _ = train(policy_part, SPLITS["1x8"], "token")
-    sequence, _ = train(policy_part, SPLITS["1x8"], "sequence")
+    token, _ = train(PPO, SPLITS["1x8"], "token")
+    sequence, _ = train(PPO, SPLITS["1x8"], "sequence")
     assert (token - sequence).abs().max() > 1e-3
 
 
@@ -119,9 +151,10 @@ def test_sequence_mean_against_row_by_row() -> None:
         if count == 0:
             continue
         theta = torch.tensor([0.3, -0.2, 0.5, 0.1], dtype=torch.float64, requires_grad=True)
-        loss, _ = policy_part(batch, theta, index, loss_weights(offsets, batch.is_trained[index], "token"))
+        weights = loss_weights(offsets, batch.is_trained[index], "token")
+        loss, _ = PPO(batch, theta, Part(index, offsets, weights))
         gradients.append(torch.autograd.grad(loss / count, theta)[0])
-    gradient, _ = train(policy_part, SPLITS["1x8"], "sequence")
+    gradient, _ = train(PPO, SPLITS["1x8"], "sequence")
     torch.testing.assert_close(gradient, torch.stack(gradients).mean(0), rtol=1e-6, atol=1e-8)
 
 

@@ -7,10 +7,8 @@ comparisons run in one of their own.
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,24 +75,18 @@ def trl_grpo_loss(
     return GRPOTrainer._compute_loss(trainer, None, inputs), metrics["train"]
 
 
-@pytest.fixture(scope="module")
-def other_process() -> Iterator[Executor]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        yield executor
-
-
 @pytest.mark.parametrize(
     ("loss_type", "aggregation", "entropy_coef"), [("bnpo", "token", 0.07), ("grpo", "sequence", 0.0)]
 )
 def test_policy_loss(
-    other_process: Executor, loss_type: str, aggregation: Aggregation, entropy_coef: float
+    trl_process: Executor, loss_type: str, aggregation: Aggregation, entropy_coef: float
 ) -> None:
-    other_process.submit(compare_policy_loss, loss_type, aggregation, entropy_coef).result(timeout=300)
+    trl_process.submit(compare_policy_loss, loss_type, aggregation, entropy_coef).result(timeout=300)
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.02])
-def test_reward_model_loss(other_process: Executor, coefficient: float) -> None:
-    other_process.submit(compare_reward_model_loss, coefficient).result(timeout=300)
+def test_reward_model_loss(trl_process: Executor, coefficient: float) -> None:
+    trl_process.submit(compare_reward_model_loss, coefficient).result(timeout=300)
 
 
 def compare_policy_loss(loss_type: str, aggregation: Aggregation, entropy_coef: float) -> None:

@@ -62,13 +62,13 @@ RECIPES: dict[AlgorithmName, Recipe] = {
     "gspo": Recipe(kl_coef=0.0, cliprange=3e-4, cliprange_high=4e-4, loss_aggregation="sequence"),
     # MiniMax 2025 (M1), equation 4; the upper bound is that of Khatri et al. 2025 (ScaleRL).
     "cispo": Recipe(kl_coef=0.0, cliprange=1.0, cliprange_high=4.0),
-    # Ahmadian et al. 2024, equation 9; KL in the reward.
-    "rloo": Recipe(kl_coef=0.05, kl_placement="reward", kl_estimator="k1", loss_aggregation="sequence"),
+    # Ahmadian et al. 2024, equation 9: an answer is one action, its tokens are summed; KL in the reward.
+    "rloo": Recipe(kl_coef=0.05, kl_placement="reward", kl_estimator="k1", loss_aggregation="constant"),
     # Hu et al. 2025 (REINFORCE++): equation 6, KL in the reward; with baseline, k2 in the loss.
     "reinforce_pp": Recipe(kl_coef=0.01, kl_placement="reward", kl_estimator="k1", whiten_advantages=True),
     "reinforce_pp_baseline": Recipe(kl_coef=0.01, kl_estimator="k2", whiten_advantages=True),
-    # Li et al. 2024 (ReMax), algorithm 1; KL in the reward.
-    "remax": Recipe(kl_coef=0.05, kl_placement="reward", kl_estimator="k1", loss_aggregation="sequence"),
+    # Li et al. 2024 (ReMax), algorithm 1: its tokens are summed; KL in the reward.
+    "remax": Recipe(kl_coef=0.05, kl_placement="reward", kl_estimator="k1", loss_aggregation="constant"),
     # Dong et al. 2023 (RAFT): likelihood of the best of n.
     "raft": Recipe(kl_coef=0.0),
 }
