@@ -177,7 +177,7 @@ def test_a_part_comes_back_as_it_was(model: ModelSection, tmp_path: Path) -> Non
     loop, judges = preferences_loop(model, tmp_path, num_prompts=2)
     found = collect(loop)
     (rollouts,) = loop.generator.generate(loop.prompts, loop.sampling, derive_seed(loop.run.seed, 0))
-    assert read_part(loop.part(0)) == found == judges.annotate(rollouts).result()
+    assert read_part(loop.parts.path(0)) == found == judges.annotate(rollouts).result()
 
 
 def test_another_dataset_is_refused(model: ModelSection, tmp_path: Path) -> None:

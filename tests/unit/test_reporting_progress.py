@@ -182,7 +182,7 @@ def test_quiet_messages_go_to_logging(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_figures() -> None:
-    assert set(KEY_FIGURES) == {"sft", "preferences", "reward", "online"}
+    assert set(KEY_FIGURES) == {"sft", "constitution", "preferences", "reward", "online"}
     assert key_figures(
         "preferences", {"preferences/pairs": 512.0, "preferences/agreement": float("nan")}
     ) == [
