@@ -243,7 +243,8 @@ class Judgement:
     @property
     def probability(self) -> float:
         """P(the second answer is better), without what is owed to the place in which it was shown."""
-        return (self.straight + self.swapped) / 2
+        # Rounded, so that a model which looks at the place alone has no opinion at all, to the last bit.
+        return round((self.straight + self.swapped) / 2, 12)
 
     @property
     def depends_on_order(self) -> bool:

@@ -125,6 +125,17 @@ def test_a_section_written_in_part_keeps_the_defaults_of_its_place() -> None:
             "my.yaml:8: pipeline.0=onlin: must be sft, constitution, preferences, reward or online; "
             "did you mean online?",
         ),
+        (
+            "preferences: {annotators: [{type: simulated}, {type: simulated}]}\n"
+            "pipeline: [preferences, online]",
+            "my.yaml:8: preferences.annotators: names must differ, these do not: simulated, simulated",
+        ),
+        (
+            "preferences: {annotators: [{type: constitution, max_probability: 0.5}]}\n"
+            "pipeline: [preferences, online]",
+            "my.yaml:8: preferences.annotators.0.max_probability=0.5: must be a number greater than 0.5 and "
+            "at most 1",
+        ),
         ("seed: 1\nseed: 2", "my.yaml:8: seed: given twice, here and in line 9; keep one"),
         (
             "seed: !!python/name:os.system 1",

@@ -134,7 +134,10 @@ def test_reply_is_encoded_as_it_would_be_in_one_piece() -> None:
             KIND + EXAMPLE.replace("kind,", "kid,"),
             ["own.yaml:8: examples.0.principle=kid: no principle has that id; did you mean kind?"],
         ),
-        ("principles: [\n", ["own.yaml:2: not valid YAML: expected the node content, but found '<stream end>'"]),
+        (
+            "principles: [\n",
+            ["own.yaml:2: not valid YAML: expected the node content, but found '<stream end>'"],
+        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file(tmp_path: Path, text: str, said: list[str]) -> None:
