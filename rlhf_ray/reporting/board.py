@@ -71,6 +71,7 @@ class Board:
         if stage is None:
             raise ValueError(f"stage {name!r} is none of {[stage.name for stage in self.stages]}")
         stage.total, stage.ended = total_steps, None
+        stage.step_ends.clear()  # the pace of other work
         stage.started = now if stage.started is None else stage.started
         self.running = stage
         return stage

@@ -131,6 +131,11 @@ def test_a_section_written_in_part_keeps_the_defaults_of_its_place() -> None:
             "my.yaml:8: preferences.annotators: names must differ, these do not: simulated, simulated",
         ),
         (
+            "constitution: {helpful_fraction: 0.5, dataset: {path: x}}\npipeline: [constitution, online]",
+            "my.yaml:8: constitution.helpful_fraction=0.5: there is no helpful_dataset; name one, or remove "
+            "helpful_fraction",
+        ),
+        (
             "preferences: {annotators: [{type: constitution, max_probability: 0.5}]}\n"
             "pipeline: [preferences, online]",
             "my.yaml:8: preferences.annotators.0.max_probability=0.5: must be a number greater than 0.5 and "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf_ray.config.schema.base import (
     EMBEDDED_CONSTITUTION,
@@ -46,3 +46,12 @@ class ConstitutionSection(Section):
     max_length: Positive = 512
     eval_every: Positive | None = None
     optimizer: OptimizerSection = OptimizerSection(learning_rate=2e-5)
+
+    @model_validator(mode="after")
+    def _fraction_of_something(self) -> ConstitutionSection:
+        if self.helpful_fraction is not None and self.helpful_dataset is None:
+            raise ValueError(
+                f"helpful_fraction={self.helpful_fraction}: there is no helpful_dataset; name one, or remove "
+                "helpful_fraction"
+            )
+        return self
