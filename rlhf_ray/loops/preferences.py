@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import krippendorff
 import numpy as np
@@ -85,6 +85,7 @@ def read_part(path: Path) -> list[JudgedPair]:
     pairs = []
     for row in read_lines(path):
         pair = JudgedPair(**row)  # type: ignore[arg-type]
+        said = cast(list[dict[str, object]], row["judgements"])
         pairs.append(
             JudgedPair(
                 prompt_id=pair.prompt_id,
@@ -93,7 +94,7 @@ def read_part(path: Path) -> list[JudgedPair]:
                 votes=pair.votes,
                 gold={name: (both[0], both[1]) for name, both in pair.gold.items()},
                 probabilities=pair.probabilities,
-                judgements=tuple(Judgement(**said) for said in row["judgements"]),  # type: ignore
+                judgements=tuple(Judgement(**each) for each in said),  # type: ignore[arg-type]
             )
         )
     return pairs

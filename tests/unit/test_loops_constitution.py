@@ -102,10 +102,12 @@ class Scripted:
     script: dict[str, list[str]]
     heard: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
 
     def generate(self, prompts: Prompts, sampling: SamplingSpec, seed: int) -> Sequence[Pending[Rollouts]]:
         tokenizer = tiny_tokenizer()
         self.lengths.append(sampling.max_completion_length)
+        self.seeds.append(seed)
         lines = [self.script[messages[-1]["content"]].pop(0) for messages in prompts.messages]
         self.heard += [tokenizer.decode(row, skip_special_tokens=False) for row in prompts.token_ids]
         said = [tokenizer(line.removesuffix("..."))["input_ids"] for line in lines]
@@ -135,6 +137,7 @@ def test_two_rounds_word_by_word(constitution: Constitution, tmp_path: Path) -> 
         turns("Hi?", "Hello", second.critique, "Curt.", second.revision),
     ]
     assert script.lengths == [8, 6, 8, 6, 8]
+    assert len(set(script.seeds)) == 5, "one turn's luck says nothing of the next one's"
     assert revision == Revision(
         prompt_id=0,
         sample_id=0,

@@ -179,6 +179,9 @@ def test_principles_are_drawn_by_seed_prompt_and_pair(constitution: Constitution
     half = annotator(constitution, Opinionated(fair))
     assert drawn(half.judge(pairs[90:])) + drawn(half.judge(pairs[:90])) == whole[90:] + whole[:90]
     assert drawn(annotator(constitution, Opinionated(fair), seed=1).judge(pairs)) != whole
+    assert sum(len(set(whole[start : start + 3])) > 1 for start in range(0, 180, 3)) > 40, (
+        "within a prompt too"
+    )
     # 180 draws of three: 60 each, standard deviation 6.3.
     assert all(35 < whole.count(name) < 85 for name in ("kind", "true", "short"))
     several = annotator(constitution, Opinionated(fair), num_principles=2).judge(pairs)
