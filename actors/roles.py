@@ -40,6 +40,11 @@ class RemoteGenerator:
         args = [(prompts.select(rows), sampling, seed) for rows in shares]
         return cast(Sequence[Pending[Rollouts]], self.group.call_each("generate", args, kind="generate"))
 
+    def token_logprobs(self, sequences: Ragged) -> Sequence[Pending[Ragged]]:
+        shares = [rows for rows in np.array_split(np.arange(len(sequences)), len(self.group)) if len(rows)]
+        args = [(sequences.select(rows),) for rows in shares]
+        return cast(Sequence[Pending[Ragged]], self.group.call_each("token_logprobs", args, kind="feedback"))
+
     def probe(self, sequences: Ragged) -> Sequence[Pending[Ragged]]:
         """Log-probs of all tokens after each row's first, by every engine."""
         return cast(

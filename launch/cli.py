@@ -239,6 +239,7 @@ def _described(config: RunConfig) -> list[str]:
     count = len(config.stages)
     lines = [f"OK: {_many(count, 'stage')}: {', '.join(config.stages)}"]
     made = ""
+    width = max(12, 2 + max(map(len, config.stages)))
     for stage in config.stages:
         section = getattr(config, stage)
         model = section.model.path if section.model else made or config.model.path
@@ -247,10 +248,10 @@ def _described(config: RunConfig) -> list[str]:
             parts.append(_counted(section.dataset, config.seed))
         elif stage == "reward":
             parts.append("pairs that preferences collects")
-        lines.append(f"  {stage:<12}{'; '.join([*parts, *_amount(config, stage)])}")
-        if stage in ("sft", "online"):
+        lines.append(f"  {stage:<{width}}{'; '.join([*parts, *_amount(config, stage)])}")
+        if stage in ("sft", "constitution", "online"):
             made = f"that {stage} makes"
-    return [*lines, f"  {'output_dir':<12}{config.output_dir}"]
+    return [*lines, f"  {'output_dir':<{width}}{config.output_dir}"]
 
 
 def _counted(dataset: DatasetSection, seed: int) -> str:
@@ -274,10 +275,12 @@ def _amount(config: RunConfig, stage: str) -> list[str]:
     if stage == "preferences" and preferences is not None:
         asked = ", ".join(annotator.name for annotator in preferences.annotators)
         return [f"{preferences.num_generations} answers a prompt", f"annotators {asked}"]
-    section = config.sft if stage == "sft" else config.reward
-    assert section is not None, "a stage has its section"
+    section = getattr(config, stage)
     limit = f", at most {section.max_steps} steps" if section.max_steps else ""
-    return [f"{_many(section.num_epochs, 'epoch')} in batches of {section.batch_size}{limit}"]
+    parts = [f"{_many(section.num_epochs, 'epoch')} in batches of {section.batch_size}{limit}"]
+    if stage == "constitution":
+        parts.insert(0, f"{_many(section.num_rounds, 'revision')} an answer by {section.principles}")
+    return parts
 
 
 def _many(count: int, thing: str) -> str:

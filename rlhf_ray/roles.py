@@ -60,6 +60,14 @@ class Generator(Protocol):
         ...
 
 
+class LogprobEngine(Protocol):
+    """One or more engines that say how likely given tokens are."""
+
+    def token_logprobs(self, sequences: Ragged) -> Sequence[Pending[Ragged]]:
+        """Log-probs of each row's tokens after its first, at temperature 1; one chunk an engine, in order."""
+        ...
+
+
 class Scorer(Protocol):
     """The reward sources."""
 

@@ -11,7 +11,7 @@ sequences.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import numpy as np
@@ -247,12 +247,42 @@ class PairBatch(Rows):
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What a feedback model says of two answers by one principle.
+
+    Fields:
+        principle: its id.
+        straight, swapped: P(the second answer is better), asked with the answers in their order, and with
+            the second one shown first.
+    """
+
+    annotator: str
+    principle: str
+    straight: float
+    swapped: float
+
+    @property
+    def probability(self) -> float:
+        """P(the second answer is better), without what is owed to the place in which it was shown."""
+        # Rounded, so that a model which looks at the place alone has no opinion at all, to the last bit.
+        return round((self.straight + self.swapped) / 2, 12)
+
+    @property
+    def depends_on_order(self) -> bool:
+        """The other answer wins when they are shown in the other order."""
+        return (self.straight - 0.5) * (self.swapped - 0.5) < 0
+
+
+@dataclass(frozen=True)
 class JudgedPair:
     """Two answers to one prompt and who preferred which.
 
     Fields:
         answers: the two texts. votes: annotator -> index of the preferred answer.
         gold: annotator -> the two gold rewards it judged by (empty for people).
+        probabilities: annotator -> P(answer 1 is better), of those who say more than a vote; one who is
+            exactly undecided has a probability and no vote.
+        judgements: what these probabilities are made of.
     """
 
     prompt_id: int
@@ -260,15 +290,19 @@ class JudgedPair:
     answers: tuple[str, str]
     votes: dict[str, int]
     gold: dict[str, tuple[float, float]]
+    probabilities: dict[str, float] = field(default_factory=dict)
+    judgements: tuple[Judgement, ...] = ()
 
     @property
     def lead(self) -> float:
-        """Share of votes for answer 1 minus that for answer 0, -1 to 1; 0 is a draw."""
-        return 2 * sum(self.votes.values()) / len(self.votes) - 1
+        """P(answer 1 is better) minus P(answer 0 is better), -1 to 1, as the mean over annotators, a plain
+        vote being certain; 0 is a draw, or a pair that nobody judged."""
+        opinions = {**self.votes, **self.probabilities}
+        return 2 * sum(opinions.values()) / len(opinions) - 1 if opinions else 0.0
 
     @property
     def preferred(self) -> int | None:
-        """The answer with more votes; None in a draw."""
+        """The answer that leads; None in a draw."""
         return None if self.lead == 0 else int(self.lead > 0)
 
 

@@ -167,6 +167,18 @@ class LocalGenerator:
 
 
 @dataclass
+class LocalFeedbackEngine:
+    engines: list[HandFedGenerator]
+
+    def token_logprobs(self, sequences: Ragged) -> Sequence[Pending[Ragged]]:
+        shares = [rows for rows in np.array_split(np.arange(len(sequences)), len(self.engines)) if len(rows)]
+        return [
+            Done(engine.token_logprobs(sequences.select(rows)))
+            for engine, rows in zip(self.engines, shares, strict=False)
+        ]
+
+
+@dataclass
 class LocalScorer:
     worker: RewardWorker
 

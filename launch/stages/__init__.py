@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from launch.stages.constitution import run_constitution
 from launch.stages.context import StageContext
 from launch.stages.online import run_online
 from launch.stages.preferences import run_preferences
@@ -14,6 +15,7 @@ from rlhf_ray.types import Metrics
 
 STAGE_RUNNERS: dict[StageName, Callable[[StageContext], Metrics]] = {
     "sft": run_sft,
+    "constitution": run_constitution,
     "preferences": run_preferences,
     "reward": run_reward,
     "online": run_online,

@@ -161,7 +161,8 @@ class StageContext:
         return Checkpoints(self.folder.path.resolve() / "checkpoints", settings.every, settings.keep_last)
 
     @contextmanager
-    def stage_run(self, placement: Placement) -> Iterator[StageRun]:
+    def stage_run(self, placement: Placement, first_step: int = 0) -> Iterator[StageRun]:
+        """Args: first_step: steps of the stage that another loop did before."""
         run = StageRun(
             name=self.name,
             folder=self.folder,
@@ -171,6 +172,7 @@ class StageContext:
             open_log=self._open_log,
             interrupt=self.interrupt,
             timings=placement.timeline.take,
+            first_step=first_step,
         )
         try:
             yield run

@@ -6,7 +6,7 @@ from actors.group import ActorGroup
 from launch.memory import engine_memory, model_size
 from launch.placement import Placement, RoleDemand
 from launch.stages.context import StageContext, naming
-from rlhf_ray.config.schema import DatasetSection, ModelSection
+from rlhf_ray.config.schema import DatasetSection, ModelSection, RoleSection
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.encoding import encode_prompts
 from rlhf_ray.data.formats import prompt_examples
@@ -21,11 +21,14 @@ _FACTORIES = {
 }
 
 
-def demand_engine(context: StageContext, model: ModelSection) -> RoleDemand:
+def demand_engine(
+    context: StageContext, model: ModelSection, name: str = "engine", section: RoleSection | None = None
+) -> RoleDemand:
+    """Args: name: of the role. section: what it takes; by default `placement.engine`."""
     engine = context.config.engine
     memory = context.main_memory(engine_memory(model_size(model), engine))
     return RoleDemand(
-        "engine", context.config.placement.engine, memory, gpus_per_actor=engine.tensor_parallel_size
+        name, section or context.config.placement.engine, memory, gpus_per_actor=engine.tensor_parallel_size
     )
 
 
@@ -51,7 +54,7 @@ def build_engines(
             "model_folder": model.path,
             "section": engine,
             "max_model_len": max_model_len,
-            "threads": placement.shares["engine"].threads,
+            "threads": placement.shares[group.name].threads,
             "version": version,
         }
         for _ in range(len(group))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actors.roles import RemotePolicy
 from launch.stages.context import StageContext, naming
-from rlhf_ray.config.schema import DatasetSection
+from rlhf_ray.config.schema import ConstitutionSection, DatasetSection, ModelSection, SFTSection
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.encoding import encode_sft
 from rlhf_ray.data.formats import sft_examples
@@ -18,14 +18,29 @@ def run_sft(context: StageContext) -> Metrics:
     assert section is not None
     model = context.model("model", section.model)
     formatter = context.formatter(model)
-    rows = _rows(context, section.dataset, formatter, section.max_length)
+    rows = sft_rows(context, section.dataset, formatter, section.max_length)
+    return fine_tune(context, section, model, rows)
+
+
+def fine_tune(
+    context: StageContext,
+    section: SFTSection | ConstitutionSection,
+    model: ModelSection,
+    rows: SFTBatch,
+    first_step: int = 0,
+) -> Metrics:
+    """Train the model on the rows and save it; returns the last step's metrics.
+
+    Args:
+        first_step: steps of the stage that were done before.
+    """
     held_out = None
     if section.eval_dataset is not None:
-        held_out = _rows(context, section.eval_dataset, formatter, section.max_length)
+        held_out = sft_rows(context, section.eval_dataset, context.formatter(model), section.max_length)
     steps = total_steps(len(rows), section.batch_size, section.num_epochs, section.max_steps)
     with (
         context.placement([context.demand_trained("policy", model)]) as placement,
-        context.stage_run(placement) as run,
+        context.stage_run(placement, first_step) as run,
     ):
         group = placement.start("policy")
         context.build_trained(placement, group, "policy:PolicyWorker", section.optimizer, steps, model=model)
@@ -54,7 +69,7 @@ def run_sft(context: StageContext) -> Metrics:
         return run.last_metrics
 
 
-def _rows(
+def sft_rows(
     context: StageContext, section: DatasetSection, formatter: ChatFormatter, max_length: int
 ) -> SFTBatch:
     examples = context.examples(section, sft_examples)

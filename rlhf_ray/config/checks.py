@@ -23,6 +23,8 @@ from rlhf_ray.config.loading import parse_document, read_document
 from rlhf_ray.config.model_checks import Kind, linear_names, max_positions, model_mistakes, path_mistakes
 from rlhf_ray.config.schema import (
     STAGES,
+    ConstitutionAnnotator,
+    ConstitutionSection,
     DatasetSection,
     EngineSection,
     FileAnnotator,
@@ -117,7 +119,7 @@ class Parts:
         """
         if self.document.value((stage, "model")) is not None:
             return (stage, "model") if self.get(ModelSection, stage, "model") else None
-        makers = [name for name in self.before(stage) if name in ("sft", "online")]
+        makers = [name for name in self.before(stage) if name in ("sft", "constitution", "online")]
         return self.start_of(makers[-1]) if makers else ("model",)
 
 
@@ -157,7 +159,7 @@ def _output_dir(parts: Parts) -> Iterator[Finding]:
 
 
 def _purpose(path: KeyPath) -> Literal["sft", "prompts", "pairs"]:
-    if path[0] == "sft":
+    if path[0] == "sft" or path in (("constitution", "helpful_dataset"), ("constitution", "eval_dataset")):
         return "sft"
     return "pairs" if path[0] == "reward" or "annotators" in path else "prompts"
 
@@ -210,6 +212,24 @@ def _functions(parts: Parts) -> Iterator[Finding]:
             yield path, f"importing it raised {type(error).__name__}: {error}"
 
 
+def _constitutions(parts: Parts) -> Iterator[Finding]:
+    from rlhf_ray.data.constitution import load_constitution
+
+    found: list[tuple[KeyPath, ConstitutionSection | ConstitutionAnnotator]] = [
+        *parts.all(ConstitutionSection),
+        *parts.all(ConstitutionAnnotator),
+    ]
+    for path, section in found:
+        try:
+            num_principles = len(load_constitution(section.principles).principles)
+        except ConfigError as error:
+            for mistake in error.mistakes:
+                yield (*path, "principles"), mistake.removeprefix(f"{section.principles}: ")
+            continue
+        if isinstance(section, ConstitutionAnnotator) and section.num_principles > num_principles:
+            yield (*path, "num_principles"), f"the constitution has {num_principles}; ask for fewer"
+
+
 def _lengths(parts: Parts) -> Iterator[Finding]:
     for stage in parts.stages:
         start = parts.start_of(stage)
@@ -219,9 +239,15 @@ def _lengths(parts: Parts) -> Iterator[Finding]:
         if positions is None or section is None:
             continue
         fits = f"and the model is made for {positions}; lower it"
-        if isinstance(section, SFTSection | RewardSection) and section.max_length > positions:
+        if (
+            isinstance(section, SFTSection | ConstitutionSection | RewardSection)
+            and section.max_length > positions
+        ):
             yield (stage, "max_length"), f"texts may have {section.max_length} tokens, {fits}"
-        if isinstance(section, PreferencesSection) and section.max_completion_length >= positions:
+        if (
+            isinstance(section, PreferencesSection | ConstitutionSection)
+            and section.max_completion_length >= positions
+        ):
             yield (
                 (stage, "max_completion_length"),
                 f"answers may have {section.max_completion_length} tokens, {fits}",
@@ -275,11 +301,16 @@ def _inputs(parts: Parts) -> Iterator[Finding]:
 def _ranks(parts: Parts) -> Iterator[Finding]:
     """Every rank needs a row of every batch."""
     placement = parts.get(PlacementSection, "placement")
-    sft, online = parts.get(SFTSection, "sft"), parts.get(OnlineSection, "online")
+    online = parts.get(OnlineSection, "online")
     if placement is None:
         return
-    if sft and sft.batch_size < placement.policy.count:
-        yield ("placement", "policy", "count"), f"more ranks than rows in sft.batch_size={sft.batch_size}"
+    for tuned in (parts.get(SFTSection, "sft"), parts.get(ConstitutionSection, "constitution")):
+        if tuned and tuned.batch_size < placement.policy.count:
+            name = "sft" if isinstance(tuned, SFTSection) else "constitution"
+            yield (
+                ("placement", "policy", "count"),
+                f"more ranks than rows in {name}.batch_size={tuned.batch_size}",
+            )
     if online:
         size = online.samples_per_step // online.num_mini_batches
         for role, count in (("policy", placement.policy.count), ("critic", placement.critic.count)):
@@ -324,6 +355,7 @@ _CHECKS: tuple[Callable[[Parts], Iterator[Finding]], ...] = (
     _datasets,
     _models,
     _functions,
+    _constitutions,
     _lengths,
     _adapters,
     _inputs,

@@ -69,6 +69,14 @@ class ChatFormatter:
         ids = self._encode(text)
         return ids if ids and ids[-1] in self.eos_token_ids else [*ids, self.eos_token_id]
 
+    def text_ids(self, text: str) -> list[int]:
+        """Text that stands within a turn, as it is."""
+        return self._encode(text)
+
+    def answer_text(self, token_ids: Sequence[int]) -> str:
+        """What a sampled answer says, without the EOS that ends it."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
     def sft_row(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation up to its last answer, and which of them are to be learned.
 

@@ -6,19 +6,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import krippendorff
 import numpy as np
 
 from rlhf_ray.config.schema import PreferencesSection
 from rlhf_ray.data.formats import PreferenceExample
-from rlhf_ray.errors import CheckpointError, DataError
+from rlhf_ray.errors import DataError
+from rlhf_ray.loops.parts import Parts
 from rlhf_ray.loops.stage_run import StageRun
 from rlhf_ray.reporting.files import dump_line, read_lines, write_text
 from rlhf_ray.roles import Generator, Pending
 from rlhf_ray.seeds import derive_seed
-from rlhf_ray.types import JudgedPair, Metrics, Prompts, Rollouts, SamplingSpec
+from rlhf_ray.types import JudgedPair, Judgement, Metrics, Prompts, Rollouts, SamplingSpec
+from rlhf_ray.workers.feedback import feedback_metrics
 
 DATASET_FILE = "preferences.jsonl"
 
@@ -27,33 +29,46 @@ class Annotators(Protocol):
     def annotate(self, rollouts: Pending[Rollouts]) -> Pending[list[JudgedPair]]: ...
 
 
+class Feedback(Protocol):
+    def judge(self, pairs: Sequence[JudgedPair]) -> list[JudgedPair]:
+        """The pairs with one more opinion."""
+        ...
+
+
 @dataclass(frozen=True)
 class PreferencesLoop:
-    """Answers every prompt once. A file a step keeps its pairs, so that a stopped run can go on."""
+    """Answers every prompt once. A file a step keeps its pairs, so that a stopped run can go on.
+
+    Fields:
+        annotators: pair up the answers, and vote. feedback: models that judge the pairs.
+    """
 
     section: PreferencesSection
     generator: Generator
     annotators: Annotators
     prompts: Prompts
     run: StageRun
+    feedback: Sequence[Feedback] = ()
 
     def __call__(self) -> list[JudgedPair]:
-        section, run = self.section, self.run
-        batches = np.array_split(
-            np.arange(len(self.prompts)),
-            np.arange(section.prompts_per_step, len(self.prompts), section.prompts_per_step),
-        )
-        self.check_same_division()
-        start = len(self.parts())
-        run.begin(start, len(batches))
-        for step, rows in list(enumerate(batches))[start:]:
+        run, parts = self.run, self.parts
+        parts.check_same_division()
+        run.begin(len(parts.done()), len(parts))
+        for step, rows in parts.left():
             seed = derive_seed(run.seed, step)
             rollouts = self.generator.generate(self.prompts.select(rows), self.sampling, seed)
             judged = [pair for chunk in rollouts for pair in self.annotators.annotate(chunk).result()]
-            write_text(self.part(step), "".join(dump_line(asdict(pair)) for pair in judged))
-            run.log(step, {"preferences/prompts": float(len(rows)), **agreement(judged)})
-            run.save_or_stop(step + 1, {}, dict)
-        return [pair for part in self.parts() for pair in read_part(part)]
+            for model in self.feedback:
+                judged = model.judge(judged)
+            write_text(parts.path(step), "".join(dump_line(asdict(pair)) for pair in judged))
+            counts = {"preferences/prompts": float(len(rows))}
+            run.log(step, counts | agreement(judged) | feedback_metrics(judged))
+            run.stop_if_asked(step + 1)
+        return [pair for part in parts.done() for pair in read_part(part)]
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.run.folder.rollouts, "pairs", len(self.prompts), self.section.prompts_per_step)
 
     @property
     def sampling(self) -> SamplingSpec:
@@ -65,37 +80,12 @@ class PreferencesLoop:
             num_generations=section.num_generations,
         )
 
-    def check_same_division(self) -> None:
-        """Files of pairs say which prompts they answer by their number alone.
-
-        Raises:
-            CheckpointError: those that are there come from another number of prompts, or a step.
-        """
-        path = self.run.folder.rollouts / "division.json"
-        own = {"prompts": len(self.prompts), "prompts_per_step": self.section.prompts_per_step}
-        if not path.exists():
-            write_text(path, dump_line(own))
-            return
-        (found,) = read_lines(path)
-        if found != own:
-            raise CheckpointError(
-                f"{self.run.folder.rollouts}: was begun with {found['prompts']} prompts, "
-                f"{found['prompts_per_step']} a step, and now there are {own['prompts']}, "
-                f"{own['prompts_per_step']} a step; resume with the same, or start a new run in another "
-                "output_dir"
-            )
-
-    def part(self, step: int) -> Path:
-        return self.run.folder.rollouts / f"pairs-{step:06d}.jsonl"
-
-    def parts(self) -> list[Path]:
-        return sorted(self.run.folder.rollouts.glob("pairs-*.jsonl"))
-
 
 def read_part(path: Path) -> list[JudgedPair]:
     pairs = []
     for row in read_lines(path):
         pair = JudgedPair(**row)  # type: ignore[arg-type]
+        said = cast(list[dict[str, object]], row["judgements"])
         pairs.append(
             JudgedPair(
                 prompt_id=pair.prompt_id,
@@ -103,6 +93,8 @@ def read_part(path: Path) -> list[JudgedPair]:
                 answers=(pair.answers[0], pair.answers[1]),
                 votes=pair.votes,
                 gold={name: (both[0], both[1]) for name, both in pair.gold.items()},
+                probabilities=pair.probabilities,
+                judgements=tuple(Judgement(**each) for each in said),  # type: ignore[arg-type]
             )
         )
     return pairs
@@ -152,9 +144,9 @@ def agreement(pairs: Sequence[JudgedPair]) -> Metrics:
 def write_dataset(path: Path, pairs: Sequence[JudgedPair]) -> int:
     """Write the pairs that have a winner in TRL's conversational format; returns how many.
 
-    Besides `prompt`, `chosen`, `rejected`: `margin` (lead of the winner's votes, 0 to 1), `votes` (annotator
-    -> whether it chose the winner) and, from simulated annotators, `gold_chosen` and `gold_rejected` by the
-    first.
+    Besides `prompt`, `chosen`, `rejected`: `margin` (lead of the winner, 0 to 1), `votes` (annotator ->
+    whether it chose the winner); from feedback models `soft_label`, P(chosen is better), 0.5 to 1, as the
+    mean over annotators; from simulated annotators `gold_chosen` and `gold_rejected` by the first.
 
     Raises:
         DataError: every pair is a draw, or there is none.
@@ -171,6 +163,8 @@ def write_dataset(path: Path, pairs: Sequence[JudgedPair]) -> int:
             "margin": abs(pair.lead),
             "votes": {name: int(vote == winner) for name, vote in pair.votes.items()},
         }
+        if pair.probabilities:
+            row["soft_label"] = (1 + abs(pair.lead)) / 2
         if pair.gold:
             gold = next(iter(pair.gold.values()))
             row |= {"gold_chosen": gold[winner], "gold_rejected": gold[1 - winner]}

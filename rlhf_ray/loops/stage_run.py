@@ -32,6 +32,7 @@ class StageRun:
     """
     Fields:
         open_log: opens the metrics log at the first step that will be logged.
+        first_step: steps of the stage that another loop did before; this loop's own count from 0.
         interrupt: set when the person asked to stop; the loop saves after the step it is in.
         timings: seconds of each kind of work since it was last asked (`time/...`).
     """
@@ -44,16 +45,18 @@ class StageRun:
     open_log: Callable[[int], MetricsLog]
     interrupt: Event
     timings: Callable[[], Metrics] = no_timings
+    first_step: int = 0
     last_metrics: Metrics = field(default_factory=dict)
     _log: MetricsLog | None = None
     _step_began: float = field(default_factory=time.monotonic)
 
     def begin(self, start: int, total_steps: int) -> None:
         """The loop is about to run step `start` of `total_steps`."""
+        total_steps += self.first_step
         self.progress.stage(self.name, total_steps)
-        self._log = self.open_log(start)
+        self._log = self.open_log(self.first_step + start)
         if start:
-            self.progress.message(f"{self.name}: resumed at step {start} of {total_steps}")
+            self.progress.message(f"{self.name}: resumed at step {self.first_step + start} of {total_steps}")
             self.last_metrics = last_logged(self.folder.metrics_path)
         self.restart_clock()
 
@@ -64,6 +67,7 @@ class StageRun:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Step `step` (from 0) is done."""
+        step += self.first_step
         assert self._log is not None, "begin first"
         now = time.monotonic()
         seconds = now - self._step_began
@@ -88,8 +92,21 @@ class StageRun:
         """
         if self.interrupt.is_set() or self.checkpoints.is_due(done):
             self.checkpoints.save(done, models, state())
+        self.stop_if_asked(done)
+
+    def stop_if_asked(self, done: int) -> None:
+        """For loops that keep what they made in files of their own, step by step.
+
+        Args:
+            done: number of steps done.
+
+        Raises:
+            Interrupted: the person asked to stop.
+        """
         if self.interrupt.is_set():
-            raise Interrupted(f"{self.name}: stopped after step {done}, saved; go on with --resume")
+            raise Interrupted(
+                f"{self.name}: stopped after step {self.first_step + done}, saved; go on with --resume"
+            )
 
     def close(self) -> None:
         if self._log is not None:

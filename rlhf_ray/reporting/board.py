@@ -65,12 +65,14 @@ class Board:
         self.running: StageState | None = None
 
     def start(self, name: str, total_steps: int, now: float) -> StageState:
-        """The named stage starts, and the one that ran before it is over."""
+        """The named stage starts, or goes on with more steps; the one that ran before it is over."""
         self.stop(now)
         stage = next((stage for stage in self.stages if stage.name == name), None)
         if stage is None:
             raise ValueError(f"stage {name!r} is none of {[stage.name for stage in self.stages]}")
-        stage.total, stage.started = total_steps, now
+        stage.total, stage.ended = total_steps, None
+        stage.step_ends.clear()  # the pace of other work
+        stage.started = now if stage.started is None else stage.started
         self.running = stage
         return stage
 

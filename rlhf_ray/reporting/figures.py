@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+_SHOWN_CHARACTERS = 400
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -28,9 +30,17 @@ KEY_FIGURES: dict[str, tuple[Figure, ...]] = {
         Figure("held-out", "eval/loss"),
         Figure("tok/s", "perf/tokens_per_second", "count"),
     ),
+    "constitution": (
+        Figure("loss", "sft/loss"),
+        Figure("held-out", "eval/loss"),
+        Figure("used", "constitution/used", "percent"),
+        Figure("unchanged", "constitution/unchanged", "percent"),
+        Figure("tok/s", "perf/tokens_per_second", "count"),
+    ),
     "preferences": (
         Figure("pairs", "preferences/pairs", "count"),
         Figure("agreement", "preferences/agreement", "percent"),
+        Figure("order decides", "preferences/order_disagreement", "percent"),
         Figure("tok/s", "perf/tokens_per_second", "count"),
     ),
     "reward": (
@@ -80,3 +90,17 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.expandtabs(4)
     )
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1].rstrip() + "…"
+
+
+def fenced(text: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest, run = 0, 0
+    for character in text:
+        run = run + 1 if character == "`" else 0
+        longest = max(longest, run)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"

@@ -32,7 +32,7 @@ class Progress(Protocol):
     """Told of what happens, in order: `stage`, its `step`s, the next `stage`, and so on; then `close`."""
 
     def stage(self, name: str, total_steps: int) -> None:
-        """A stage starts; the one before it is over."""
+        """A stage starts, or goes on to that many steps in all; the one before it is over."""
         ...
 
     def step(self, step: int, metrics: Metrics) -> None:
@@ -86,7 +86,8 @@ class PlainProgress:
         self._last_line: float | None = None
 
     def stage(self, name: str, total_steps: int) -> None:
-        self._stop()
+        if self._board.running is None or self._board.running.name != name:
+            self._stop()
         now = self._clock()
         self._board.start(name, total_steps, now)
         self._last_line = None

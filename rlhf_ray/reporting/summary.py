@@ -25,11 +25,11 @@ from rlhf_ray.reporting.evaluation import (
     with_interval,
     with_margin,
 )
-from rlhf_ray.reporting.figures import compact, duration, key_figures, printable
+from rlhf_ray.reporting.figures import compact, duration, fenced, key_figures, printable, shortened
+from rlhf_ray.reporting.revisions import REVISIONS_FILE, read_revisions, render_revisions
 from rlhf_ray.reporting.run_folder import RunFolder, RunRecord
 
 CLOSING_HEADER = ("", "start", "end", "change", "end wins")
-_SHOWN_CHARACTERS = 400
 _STATUS_STYLES = {
     "done": "green",
     "failed": "red",
@@ -128,7 +128,7 @@ def render_closing(
         console.print(Text(example.caption, style="bold"))
         grid = Table.grid(padding=(0, 2))
         for label, text in _texts(example).items():
-            grid.add_row(Text(label, style="dim"), Text(printable(_shortened(text))))
+            grid.add_row(Text(label, style="dim"), Text(printable(shortened(text))))
         console.print(Padding(grid, (0, 0, 0, 2)))
 
 
@@ -141,12 +141,13 @@ def closing_markdown(summary: Summary, start: Sequence[EvalRecord], end: Sequenc
     for example in choose_examples(summary, start, end):
         lines += ["", f"## {example.caption}"]
         for label, text in _texts(example).items():
-            lines += ["", f"{label}:", "", _fenced(printable(text))]
+            lines += ["", f"{label}:", "", fenced(printable(text))]
     return "\n".join(lines) + "\n"
 
 
 def render_run(path: Path | str, console: Console | None = None) -> None:
-    """Print what the run in the folder `path` did: its stages, and start against end where that was measured.
+    """Print what the run in the folder `path` did: its stages, start against end where that was measured, and
+    revised answers where there are some.
 
     Raises:
         DataError: the folder holds no run.
@@ -168,6 +169,10 @@ def render_run(path: Path | str, console: Console | None = None) -> None:
             console.print()
             console.print(Text(f"{stage.name}: start against end", style="bold"))
             render_closing(console, cast(Summary, stage.summary), *load_records(folder.eval_path))
+        if stage is not None and (folder.path / REVISIONS_FILE).exists():
+            console.print()
+            console.print(Text(f"{stage.name}: answers and their revisions", style="bold"))
+            render_revisions(console, read_revisions(folder.path / REVISIONS_FILE))
 
 
 def _stage_table(names: Sequence[str], records: Sequence[RunRecord | None]) -> Table:
@@ -212,19 +217,5 @@ def _texts(example: Example) -> dict[str, str]:
     }
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1].rstrip() + "…"
-
-
 def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _fenced(text: str) -> str:
-    """A code block whose fence is longer than any run of backticks inside."""
-    longest, run = 0, 0
-    for character in text:
-        run = run + 1 if character == "`" else 0
-        longest = max(longest, run)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"

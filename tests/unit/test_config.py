@@ -88,7 +88,7 @@ def test_a_section_written_in_part_keeps_the_defaults_of_its_place() -> None:
         ),
         (
             "  batch_size: 8",
-            "my.yaml:8: online.batch_size=8: unknown key; batch_size belongs in sft or reward",
+            "my.yaml:8: online.batch_size=8: unknown key; batch_size belongs in sft, constitution or reward",
         ),
         (
             "  optimizer: {learning_rate: 2}",
@@ -134,7 +134,24 @@ def test_a_section_written_in_part_keeps_the_defaults_of_its_place() -> None:
         ("placement: {reward: {count: 2}}", "my.yaml:8: placement.reward.count=2: must be 1"),
         (
             "pipeline: [onlin]",
-            "my.yaml:8: pipeline.0=onlin: must be sft, preferences, reward or online; did you mean online?",
+            "my.yaml:8: pipeline.0=onlin: must be sft, constitution, preferences, reward or online; "
+            "did you mean online?",
+        ),
+        (
+            "preferences: {annotators: [{type: simulated}, {type: simulated}]}\n"
+            "pipeline: [preferences, online]",
+            "my.yaml:8: preferences.annotators: names must differ, these do not: simulated, simulated",
+        ),
+        (
+            "constitution: {helpful_fraction: 0.5, dataset: {path: x}}\npipeline: [constitution, online]",
+            "my.yaml:8: constitution.helpful_fraction=0.5: there is no helpful_dataset; name one, or remove "
+            "helpful_fraction",
+        ),
+        (
+            "preferences: {annotators: [{type: constitution, max_probability: 0.5}]}\n"
+            "pipeline: [preferences, online]",
+            "my.yaml:8: preferences.annotators.0.max_probability=0.5: must be a number greater than 0.5 and "
+            "at most 1",
         ),
         ("seed: 1\nseed: 2", "my.yaml:8: seed: given twice, here and in line 9; keep one"),
         (
@@ -359,7 +376,7 @@ def test_mappings_may_hold_python_values() -> None:
 def test_nothing_at_all() -> None:
     assert mistakes({}) == ("output_dir: missing; give a path",)
     assert mistakes({"output_dir": "r"}) == (
-        "no stage: add one of the sections sft, preferences, reward, online",
+        "no stage: add one of the sections sft, constitution, preferences, reward, online",
     )
 
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
 import pytest
 
-from rlhf_ray.config.schema import DatasetSection, ModelSection, PreferencesSection, SimulatedAnnotator
+from rlhf_ray.config.schema import (
+    ConstitutionAnnotator,
+    DatasetSection,
+    ModelSection,
+    PreferencesSection,
+    SimulatedAnnotator,
+)
+from rlhf_ray.data.chat import ChatFormatter
+from rlhf_ray.data.constitution import load_constitution
 from rlhf_ray.data.formats import PreferenceExample, preference_examples
 from rlhf_ray.data.loading import load_rows
 from rlhf_ray.errors import CheckpointError, DataError, Interrupted
@@ -16,9 +25,18 @@ from rlhf_ray.loops.preferences import PreferencesLoop, agreement, judged_by_peo
 from rlhf_ray.reporting.progress import Progress
 from rlhf_ray.seeds import derive_seed
 from rlhf_ray.types import JudgedPair
+from rlhf_ray.workers.feedback import FeedbackAnnotator
 from tests.fakes import HandFedGenerator, Watcher
-from tests.local_roles import LocalAnnotators, LocalGenerator, annotators, logged, prompts_of, stage_run
-from tests.tiny import tiny_model_folder
+from tests.local_roles import (
+    LocalAnnotators,
+    LocalFeedbackEngine,
+    LocalGenerator,
+    annotators,
+    logged,
+    prompts_of,
+    stage_run,
+)
+from tests.tiny import tiny_model_folder, tiny_tokenizer
 
 USER = ({"role": "user", "content": "How so?"},)
 TEXTS = ("boil an egg", "the capital", "a train", "soft yolk", "cold water")
@@ -102,6 +120,30 @@ def test_dataset_is_what_the_reward_stage_reads(tmp_path: Path) -> None:
     assert found["first", "second"].margin == 1.0
 
 
+def test_soft_labels_are_of_the_winner(tmp_path: Path) -> None:
+    """Alone 0.3 and 0.8 for the second answer; with a vote for it, 0.3 becomes (0.3 + 1) / 2."""
+    pairs = [
+        JudgedPair(0, USER, ("left", "right"), {"ai": 0}, {}, {"ai": 0.3}),
+        JudgedPair(1, USER, ("left", "right"), {"ai": 1}, {}, {"ai": 0.8}),
+        JudgedPair(2, USER, ("left", "right"), {"ai": 0, "careful": 1}, {}, {"ai": 0.3}),
+        JudgedPair(3, USER, ("left", "right"), {}, {}, {"ai": 0.5}),
+        JudgedPair(4, USER, ("left", "right"), {}, {}),
+        JudgedPair(5, USER, ("left", "right"), {"careful": 1}, {}),
+    ]
+    path = tmp_path / "preferences.jsonl"
+    assert write_dataset(path, pairs) == 4, "the undecided and the unjudged are left out"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found = [(row["chosen"][0]["content"], row.get("soft_label"), row["margin"]) for row in rows]
+    assert found == [
+        ("left", pytest.approx(0.7), pytest.approx(0.4)),
+        ("right", pytest.approx(0.8), pytest.approx(0.6)),
+        ("right", pytest.approx(0.65), pytest.approx(0.3)),
+        ("right", None, 1.0),
+    ]
+    examples, _ = preference_examples(load_rows(DatasetSection(path=str(path)), seed=0))
+    assert examples[0].columns["soft_label"] == pytest.approx(0.7)
+
+
 def test_a_dataset_of_draws_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pair of different answers has a winner"):
         write_dataset(tmp_path / "preferences.jsonl", judged({"a": 1, "b": 0}))
@@ -167,6 +209,40 @@ def test_stopped_and_resumed_answers_nothing_twice(model: ModelSection, tmp_path
     assert judges.num_calls == 0
 
 
+def test_a_feedback_model_in_the_engine_that_answers(model: ModelSection, tmp_path: Path) -> None:
+    """By real log-probs, stopped and resumed; every judgement is kept."""
+    engine = HandFedGenerator(Path(model.path), version=0)
+    (tmp_path / "short.yaml").write_text(
+        'principles:\n  - {id: kind, critique: a, revision: b, choice: "Kinder?", source: s}\n'
+    )
+    ai = FeedbackAnnotator(
+        ConstitutionAnnotator(type="constitution", name="ai"),
+        load_constitution(str(tmp_path / "short.yaml")),
+        ChatFormatter(tiny_tokenizer(), (2,)),
+        LocalFeedbackEngine([engine, engine]),
+        max_model_len=200,
+        seed=11,
+    )
+
+    def loop(folder: Path, **stop: object) -> PreferencesLoop:
+        plain, _ = preferences_loop(model, folder, **stop)  # type: ignore[arg-type]
+        return replace(plain, feedback=(ai,))
+
+    expected = collect(loop(tmp_path / "whole"))
+    assert len(expected) == 10
+    for pair in expected:
+        (said,) = pair.judgements
+        assert set(pair.votes) == {"one", "ai"}
+        assert pair.probabilities == {"ai": said.probability}
+        assert 0 < said.straight < 1
+    interrupt = Event()
+    with pytest.raises(Interrupted):
+        collect(loop(tmp_path / "stopped", progress=Watcher(1, interrupt.set), interrupt=interrupt))
+    assert collect(loop(tmp_path / "stopped")) == expected
+    assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
+    assert logged(tmp_path / "whole")[0]["preferences/principle/kind"] == 4.0
+
+
 def test_the_number_of_engines_does_not_matter(model: ModelSection, tmp_path: Path) -> None:
     one, _ = preferences_loop(model, tmp_path / "one")
     two, _ = preferences_loop(model, tmp_path / "two", num_engines=2)
@@ -177,7 +253,7 @@ def test_a_part_comes_back_as_it_was(model: ModelSection, tmp_path: Path) -> Non
     loop, judges = preferences_loop(model, tmp_path, num_prompts=2)
     found = collect(loop)
     (rollouts,) = loop.generator.generate(loop.prompts, loop.sampling, derive_seed(loop.run.seed, 0))
-    assert read_part(loop.part(0)) == found == judges.annotate(rollouts).result()
+    assert read_part(loop.parts.path(0)) == found == judges.annotate(rollouts).result()
 
 
 def test_another_dataset_is_refused(model: ModelSection, tmp_path: Path) -> None:

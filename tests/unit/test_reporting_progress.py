@@ -112,6 +112,43 @@ def test_waiting_starting_and_stopped_stages() -> None:
     ]
 
 
+def test_a_stage_that_goes_on_with_other_work_is_one_stage() -> None:
+    clock, stream = FakeClock(), io.StringIO()
+    progress = PlainProgress(["sft", "reward"], stream, clock)
+    progress.stage("sft", 2)
+    for step in (1, 2):
+        clock.now += 10
+        progress.step(step, {})
+    progress.stage("sft", 4)
+    for step in (3, 4):
+        clock.now += 30
+        progress.step(step, {"sft/loss": 1.5})
+    progress.close()
+    assert stream.getvalue().splitlines() == [
+        "sft: 2 steps",
+        "sft 1/2 | 0:10",
+        "sft 2/2 | 0:20",
+        "sft: 4 steps",
+        "sft 3/4 | loss 1.50 | 0:50",
+        "sft 4/4 | loss 1.50 | 1:20",
+        "sft: done in 1:20 | loss 1.50",
+    ]
+
+
+def test_the_time_left_is_not_told_by_the_pace_of_other_work() -> None:
+    board = Board(("sft",))
+    board.start("sft", 2, 0.0)
+    board.step(1, {}, 10.0)
+    board.step(2, {}, 20.0)
+    stage = board.start("sft", 5, 20.0)
+    assert stage.is_running and not stage.is_complete
+    assert stage.remaining(20.0) is None
+    board.step(3, {}, 50.0)
+    board.step(4, {}, 80.0)
+    assert stage.remaining(80.0) == 30.0
+    assert stage.elapsed(80.0) == 80.0
+
+
 def test_the_latest_value_of_a_metric_stays_when_a_step_does_not_bring_it() -> None:
     board = Board(("reward",))
     board.start("reward", 9, 0.0)
@@ -182,7 +219,7 @@ def test_quiet_messages_go_to_logging(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_figures() -> None:
-    assert set(KEY_FIGURES) == {"sft", "preferences", "reward", "online"}
+    assert set(KEY_FIGURES) == {"sft", "constitution", "preferences", "reward", "online"}
     assert key_figures(
         "preferences", {"preferences/pairs": 512.0, "preferences/agreement": float("nan")}
     ) == [

@@ -1,17 +1,18 @@
 """The configuration of a run. Frozen; unknown keys are errors; every default is written here and nowhere
 else.
 
-A file has one section a stage (`sft`, `preferences`, `reward`, `online`) and `pipeline`, the order in which
-they run. With one stage section, `pipeline` may be left out. Within a pipeline a stage that names no model
-takes the newest one that an earlier stage made, and the top-level `model` if there is none; `reward.dataset`
-is by default what `preferences` wrote, and a reward source of type `model` without a path is what `reward`
-trained.
+A file has one section a stage (`sft`, `constitution`, `preferences`, `reward`, `online`) and `pipeline`, the
+order in which they run. With one stage section, `pipeline` may be left out. Within a pipeline a stage that
+names no model takes the newest one that an earlier stage made, and the top-level `model` if there is none;
+`reward.dataset` is by default what `preferences` wrote, and a reward source of type `model` without a path is
+what `reward` trained.
 """
 
 from __future__ import annotations
 
 from rlhf_ray.config.schema.algorithms import RECIPES, AlgorithmName, Recipe
 from rlhf_ray.config.schema.base import (
+    EMBEDDED_CONSTITUTION,
     EMBEDDED_MODEL,
     EMBEDDED_TEMPLATE,
     DatasetSection,
@@ -22,6 +23,7 @@ from rlhf_ray.config.schema.base import (
     Positive,
     Section,
 )
+from rlhf_ray.config.schema.constitution import ConstitutionSection
 from rlhf_ray.config.schema.machinery import (
     CheckpointSection,
     ClusterSection,
@@ -38,6 +40,7 @@ from rlhf_ray.config.schema.machinery import (
 from rlhf_ray.config.schema.online import OnlineSection
 from rlhf_ray.config.schema.preferences import (
     Annotator,
+    ConstitutionAnnotator,
     FileAnnotator,
     PreferencesSection,
     SimulatedAnnotator,
@@ -47,6 +50,7 @@ from rlhf_ray.config.schema.run import STAGES, RunConfig, StageName
 from rlhf_ray.config.schema.supervised import RewardSection, SFTSection
 
 __all__ = [
+    "EMBEDDED_CONSTITUTION",
     "EMBEDDED_MODEL",
     "EMBEDDED_TEMPLATE",
     "RECIPES",
@@ -55,6 +59,8 @@ __all__ = [
     "Annotator",
     "CheckpointSection",
     "ClusterSection",
+    "ConstitutionAnnotator",
+    "ConstitutionSection",
     "DatasetSection",
     "EngineSection",
     "FileAnnotator",

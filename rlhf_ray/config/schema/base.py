@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 EMBEDDED_TEMPLATE = "embedded:chatml"
+EMBEDDED_CONSTITUTION = "embedded:constitution"
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -32,7 +33,7 @@ class ModelSection(Section):
 
 class DatasetSection(Section):
     """path: a JSONL, JSON, CSV or Parquet file (also .gz), a hub name, or
-    `embedded:prompts|demonstrations`."""
+    `embedded:prompts|demonstrations|red-team`."""
 
     path: str
     split: str = "train"

@@ -86,6 +86,7 @@ class PlacementSection(Section):
     reference: SingleRoleSection = SingleRoleSection()
     reward: SingleRoleSection = SingleRoleSection()
     engine: RoleSection = RoleSection()
+    feedback: RoleSection = RoleSection()
 
 
 class WandbSection(Section):

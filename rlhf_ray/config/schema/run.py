@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from rlhf_ray.config.schema.base import ModelSection, NonNegative, Section
+from rlhf_ray.config.schema.constitution import ConstitutionSection
 from rlhf_ray.config.schema.machinery import (
     CheckpointSection,
     ClusterSection,
@@ -21,8 +22,8 @@ from rlhf_ray.config.schema.online import OnlineSection
 from rlhf_ray.config.schema.preferences import PreferencesSection
 from rlhf_ray.config.schema.supervised import RewardSection, SFTSection
 
-StageName = Literal["sft", "preferences", "reward", "online"]
-STAGES: tuple[StageName, ...] = ("sft", "preferences", "reward", "online")
+StageName = Literal["sft", "constitution", "preferences", "reward", "online"]
+STAGES: tuple[StageName, ...] = ("sft", "constitution", "preferences", "reward", "online")
 
 
 class RunConfig(Section):
@@ -33,6 +34,7 @@ class RunConfig(Section):
     pipeline: tuple[StageName, ...] = ()
 
     sft: SFTSection | None = None
+    constitution: ConstitutionSection | None = None
     preferences: PreferencesSection | None = None
     reward: RewardSection | None = None
     online: OnlineSection | None = None
