@@ -11,7 +11,7 @@ sequences.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import numpy as np
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.generic]
 Message = dict[str, str]
 """One turn of a conversation: `{"role": ..., "content": ...}`."""
+Metrics = dict[str, float]
+"""Names of METRICS as in the documentation (`policy/loss`, `kl/mean`, ...) -> value."""
 
 
 @dataclass(frozen=True)
@@ -193,12 +195,35 @@ class Scores:
 
     Fields:
         total: [B] float32, the weighted sum that is trained on.
-        parts: name of each source -> [B] float32, unweighted. Sources of weight 0 are watched, not trained
-            on.
+        parts: name of each source -> [B] float32, unweighted; NaN where it has nothing to say. Sources of
+            weight 0 are watched, not trained on.
+        is_valid: [B] bool, False where a source that is trained on failed: such a sample is not trained on.
+            By default all are.
+        spreads: name of a source -> [B] float32, how far its members are apart (standard deviation).
+        events: metric's name -> how often it happened (`reward/<name>/failures`, `reward/<name>/retries`).
     """
 
     total: NDArray[np.float32]
     parts: dict[str, NDArray[np.float32]]
+    is_valid: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=np.bool_))
+    spreads: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    events: Metrics = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.is_valid) != len(self.total):
+            object.__setattr__(self, "is_valid", np.ones(len(self.total), dtype=np.bool_))
+
+    @staticmethod
+    def concat(chunks: Sequence[Scores]) -> Scores:
+        """The samples of all chunks; events are added up."""
+        first = chunks[0]
+        return Scores(
+            total=np.concatenate([chunk.total for chunk in chunks]),
+            parts={name: np.concatenate([c.parts[name] for c in chunks]) for name in first.parts},
+            is_valid=np.concatenate([chunk.is_valid for chunk in chunks]),
+            spreads={name: np.concatenate([c.spreads[name] for c in chunks]) for name in first.spreads},
+            events={name: sum(chunk.events[name] for chunk in chunks) for name in first.events},
+        )
 
 
 @dataclass(frozen=True)
@@ -275,7 +300,3 @@ class RLBatch(Rows):
     advantages: Ragged
     returns: Ragged
     is_trained: Ragged
-
-
-Metrics = dict[str, float]
-"""Names of METRICS as in the documentation (`policy/loss`, `kl/mean`, ...) -> value."""

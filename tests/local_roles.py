@@ -59,9 +59,10 @@ from rlhf_ray.weights.source import ModuleWeightSource
 from rlhf_ray.weights.verify import Probe, compare_probe
 from rlhf_ray.workers.annotator import AnnotatorWorker
 from rlhf_ray.workers.experience import ExperienceWorker
-from rlhf_ray.workers.frozen import ReferenceWorker, RewardWorker
+from rlhf_ray.workers.frozen import ReferenceWorker
 from rlhf_ray.workers.model_worker import ModelWorker, WorkerSpec
 from rlhf_ray.workers.policy import PolicyWorker
+from rlhf_ray.workers.rewards import RewardWorker
 from rlhf_ray.workers.scalar import CriticWorker, RewardTrainerWorker
 from tests.fakes import HandFedGenerator
 from tests.tiny import tiny_tokenizer
@@ -385,12 +386,22 @@ def online_roles(
     critic = CriticWorker(model, worker_spec(training, section.critic_optimizer, total_steps=steps), section)
     return OnlineRoles(
         generator=LocalGenerator(engines),
-        scorer=LocalScorer(RewardWorker(model, rewards, training, CPU, threads=1)),
+        scorer=LocalScorer(reward_worker(model, rewards, training)),
         reference=LocalReference(ReferenceWorker(model, training, CPU, threads=1)),
         policy=LocalPolicy(policy, engines),
         critic=LocalCritic(critic),
         experience=LocalExperience(ExperienceWorker(section, model, rollouts_folder)),
     )
+
+
+def reward_worker(
+    policy: ModelSection,
+    rewards: Sequence[tuple[Reward, ModelSection | None]],
+    training: TrainingSection = EXACT,
+) -> RewardWorker:
+    """Args: rewards: each source, with the model of those that are one."""
+    sources = [(section, () if model is None else (model,)) for section, model in rewards]
+    return RewardWorker(policy, sources, training, CPU, threads=1, tokens={})
 
 
 def annotators(

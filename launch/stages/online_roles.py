@@ -15,13 +15,13 @@ from actors.roles import (
     RemoteGenerator,
     RemotePolicy,
     RemoteReference,
-    RemoteScorer,
 )
 from launch.memory import frozen_memory, model_size
 from launch.placement import Placement, RoleDemand
 from launch.stages.context import StageContext
 from launch.stages.generation import build_engines, demand_engine
-from rlhf_ray.config.schema import ModelSection, OnlineSection, OptimizerSection, Reward
+from launch.stages.rewards import RewardModels, build_scorer, demand_rewards
+from rlhf_ray.config.schema import ModelSection, OnlineSection, OptimizerSection
 from rlhf_ray.loops.online import OnlineRoles
 from rlhf_ray.types import Prompts, Ragged
 from rlhf_ray.weights.sync import Backend, TransferSpec, choose_backend
@@ -31,26 +31,19 @@ PROBE_ROWS, PROBE_TOKENS = 8, 64
 
 @dataclass(frozen=True)
 class OnlineModels:
-    """Fields: rewards: each source, with the model of those that are one."""
-
     policy: ModelSection
     reference: ModelSection
-    rewards: list[tuple[Reward, ModelSection | None]]
-
-    @property
-    def reward_models(self) -> list[ModelSection]:
-        return [model for _, model in self.rewards if model is not None]
+    rewards: RewardModels
 
 
 def demands(context: StageContext, models: OnlineModels) -> list[RoleDemand]:
     placement = context.config.placement
     size = model_size(models.policy)
-    rewards = frozen_memory(size, len(models.reward_models))
     return [
         context.demand_trained("policy", models.policy),
         context.demand_trained("critic", models.policy),
         RoleDemand("reference", placement.reference, context.main_memory(frozen_memory(size))),
-        RoleDemand("reward", placement.reward, context.main_memory(rewards)),
+        *demand_rewards(context, models.policy, models.rewards),
         demand_engine(context, models.policy),
     ]
 
@@ -76,10 +69,8 @@ class OnlineBuilder:
         generator = RemoteGenerator(engines)
         roles = OnlineRoles(
             generator=generator,
-            scorer=RemoteScorer(
-                self._frozen("reward", policy=self.models.policy, sources=self.models.rewards)
-            ),
-            reference=RemoteReference(self._frozen("reference", model=self.models.reference)),
+            scorer=build_scorer(context, self.placement, self.models.policy, self.models.rewards),
+            reference=RemoteReference(self._reference()),
             policy=RemotePolicy(policy, context.config.sync, generator, _probe(prompts)),
             critic=RemoteCritic(critic),
             experience=RemoteExperience(self._experience()),
@@ -124,16 +115,18 @@ class OnlineBuilder:
         )
 
     def _critic_start(self) -> ModelSection:
-        return self.models.reward_models[0] if self.section.critic_init == "reward" else self.models.policy
+        return self.models.rewards.models[0] if self.section.critic_init == "reward" else self.models.policy
 
-    def _frozen(self, role: str, **options: object) -> ActorGroup:
-        group = self.placement.start(role)
-        share = self.placement.shares[role]
-        where = {"device": self.context.device(self.placement, role), "threads": share.threads}
-        factory = {"reward": "RewardWorker", "reference": "ReferenceWorker"}[role]
-        arguments = {**options, **where, "training": self.context.config.training}
+    def _reference(self) -> ActorGroup:
+        group = self.placement.start("reference")
+        arguments = {
+            "model": self.models.reference,
+            "training": self.context.config.training,
+            "device": self.context.device(self.placement, "reference"),
+            "threads": self.placement.shares["reference"].threads,
+        }
         group.build(
-            f"rlhf_ray.workers.frozen:{factory}", [arguments], self.context.config.cluster.start_timeout
+            "rlhf_ray.workers.frozen:ReferenceWorker", [arguments], self.context.config.cluster.start_timeout
         )
         return group
 

@@ -14,10 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.errors import ConfigError, RewardError
+from rlhf_ray.rewards.source import Samples, Values, as_lists, checked
 from rlhf_ray.types import Message
 
+TextFunction = Callable[..., object]
+"""`f(prompts, completions, **columns)`."""
 
-def import_function(path: str) -> Callable[..., object]:
+
+def import_function(path: str) -> TextFunction:
     """
     Raises:
         ConfigError: `path` is not `module:name`, or there is no such thing.
@@ -36,11 +40,15 @@ def import_function(path: str) -> Callable[..., object]:
 
 
 class RewardFunction:
-    """A user's function, sync or async, with its results checked."""
+    """A function, sync or async, with its results checked.
 
-    def __init__(self, name: str, path: str) -> None:
+    Args:
+        function: itself, or its import path.
+    """
+
+    def __init__(self, name: str, function: str | TextFunction) -> None:
         self.name = name
-        self.function = import_function(path)
+        self.function = import_function(function) if isinstance(function, str) else function
 
     def __call__(
         self,
@@ -57,40 +65,33 @@ class RewardFunction:
         Raises:
             RewardError: it raised, or gave the wrong number or kind of values.
         """
-        names = sorted(set().union(*columns)) if columns else []
-        by_name = {name: [row.get(name) for row in columns] for name in names}
+        return asyncio.run(self.rewards(prompts, completions, columns, in_thread=False))
+
+    async def score(self, samples: Samples) -> Values:
+        """In the event loop if the function is async, else in a thread of its own."""
+        columns = samples.rollouts.columns
+        return Values(await self.rewards(samples.prompts, samples.completions, columns, in_thread=True))
+
+    async def rewards(
+        self,
+        prompts: Sequence[tuple[Message, ...]],
+        completions: Sequence[str],
+        columns: Sequence[dict[str, object]],
+        in_thread: bool,
+    ) -> NDArray[np.float32]:
+        """As `__call__`. in_thread: a function that is not async does not hold up the event loop."""
+        arguments = [list(p) for p in prompts], list(completions)
+        by_name = as_lists(columns)
         try:
-            rewards = self.function([list(p) for p in prompts], list(completions), **by_name)
-            if inspect.isawaitable(rewards):
-                rewards = asyncio.run(_wait(rewards))
-        except Exception as error:
+            if in_thread and not inspect.iscoroutinefunction(self.function):
+                found = await asyncio.to_thread(self.function, *arguments, **by_name)
+            else:
+                found = self.function(*arguments, **by_name)
+            if inspect.isawaitable(found):
+                found = await found
+        except Exception as error:  # the person's own code, which may raise anything
             raise RewardError(f"reward '{self.name}' raised {type(error).__name__}: {error}") from error
-        return self._checked(rewards, len(completions))
+        return checked(self.name, found, len(completions))
 
-    def _checked(self, rewards: object, count: int) -> NDArray[np.float32]:
-        if not isinstance(rewards, Sequence | np.ndarray) or len(rewards) != count:
-            found = (
-                f"{len(rewards)} values"
-                if isinstance(rewards, Sequence | np.ndarray)
-                else type(rewards).__name__
-            )
-            raise RewardError(f"reward '{self.name}' returned {found} for {count} completions")
-        values = []
-        for reward in rewards:
-            if reward is None:
-                values.append(np.nan)
-                continue
-            try:
-                value = float(reward)
-            except (TypeError, ValueError) as error:
-                raise RewardError(
-                    f"reward '{self.name}' returned {reward!r}, not a number or None"
-                ) from error
-            if not np.isfinite(value):
-                raise RewardError(f"reward '{self.name}' returned {value}")
-            values.append(value)
-        return np.asarray(values, dtype=np.float32)
-
-
-async def _wait(awaitable: object) -> object:
-    return await awaitable  # type: ignore[misc]
+    def close(self) -> None:
+        pass

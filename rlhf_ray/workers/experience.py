@@ -60,7 +60,7 @@ class ExperienceWorker:
         _check_version(rollouts, version, step)
         shaped = self._shape(rollouts, scores, old_logprobs, ref_logprobs, kl_coef)
         offsets = torch.from_numpy(rollouts.responses.offsets)
-        is_trained = torch.ones(len(rollouts.responses.values), dtype=torch.bool)
+        is_trained = torch.from_numpy(scores.is_valid[rollouts.responses.row_ids])
         rewards = shaped.rewards
         if self.section.whiten_rewards:
             rewards = whiten(rewards, is_trained, shift_mean=False)
@@ -190,9 +190,7 @@ def _joined(chunks: Sequence[Rollouts | Scores | Ragged]) -> tuple[Rollouts, Sco
     rollouts = Rollouts.concat([c for c in chunks[:third] if isinstance(c, Rollouts)])
     scores = [c for c in chunks[third : 2 * third] if isinstance(c, Scores)]
     reference = Ragged.concat([c for c in chunks[2 * third :] if isinstance(c, Ragged)])
-    total = np.concatenate([s.total for s in scores])
-    parts = {name: np.concatenate([s.parts[name] for s in scores]) for name in scores[0].parts}
-    return rollouts, Scores(total, parts), reference
+    return rollouts, Scores.concat(scores), reference
 
 
 def _check_version(rollouts: Rollouts, version: int, step: int) -> None:
@@ -206,7 +204,8 @@ def _check_version(rollouts: Rollouts, version: int, step: int) -> None:
 
 def _part_metrics(scores: Scores) -> Metrics:
     """Of each source over the samples that it has something to say about; nothing where there are none."""
-    metrics: Metrics = {}
+    metrics: Metrics = dict(scores.events)
+    metrics |= {f"reward/{name}/spread": float(np.nanmean(spread)) for name, spread in scores.spreads.items()}
     for name, part in scores.parts.items():
         known = part[~np.isnan(part)]
         if len(known):

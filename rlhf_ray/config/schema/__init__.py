@@ -40,7 +40,21 @@ from rlhf_ray.config.schema.preferences import (
     PreferencesSection,
     SimulatedAnnotator,
 )
-from rlhf_ray.config.schema.rewards import FunctionReward, ModelReward, Reward
+from rlhf_ray.config.schema.rewards import (
+    EnsembleReward,
+    ExactMatchReward,
+    FormatReward,
+    FunctionReward,
+    HttpReward,
+    JudgeReward,
+    LengthReward,
+    MathReward,
+    ModelReward,
+    ReasoningGymReward,
+    RegexReward,
+    Reward,
+    TextVerifier,
+)
 from rlhf_ray.config.schema.run import STAGES, RunConfig, StageName
 from rlhf_ray.config.schema.supervised import RewardSection, SFTSection
 
@@ -53,10 +67,17 @@ __all__ = [
     "ClusterSection",
     "DatasetSection",
     "EngineSection",
+    "EnsembleReward",
+    "ExactMatchReward",
     "FileAnnotator",
+    "FormatReward",
     "Fraction",
     "FunctionReward",
+    "HttpReward",
+    "JudgeReward",
+    "LengthReward",
     "LoggingSection",
+    "MathReward",
     "ModelReward",
     "ModelSection",
     "NonNegative",
@@ -65,6 +86,8 @@ __all__ = [
     "PlacementSection",
     "Positive",
     "PreferencesSection",
+    "ReasoningGymReward",
+    "RegexReward",
     "Reward",
     "RewardSection",
     "RoleSection",
@@ -75,6 +98,7 @@ __all__ = [
     "SingleRoleSection",
     "StageName",
     "SyncSection",
+    "TextVerifier",
     "TrainingSection",
     "WandbSection",
 ]

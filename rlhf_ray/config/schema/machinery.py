@@ -70,6 +70,7 @@ class PlacementSection(Section):
     critic: RoleSection = RoleSection()
     reference: SingleRoleSection = SingleRoleSection()
     reward: SingleRoleSection = SingleRoleSection()
+    judge: SingleRoleSection = SingleRoleSection()
     engine: RoleSection = RoleSection()
 
 

@@ -14,7 +14,7 @@ from rlhf_ray.config.schema.base import (
     Positive,
     Section,
 )
-from rlhf_ray.config.schema.rewards import Reward
+from rlhf_ray.config.schema.rewards import Reward, judge_mistakes
 
 
 class OnlineSection(Section):
@@ -92,9 +92,10 @@ class OnlineSection(Section):
                 f"num_mini_batches={self.num_mini_batches}: does not divide "
                 f"prompts_per_step * num_generations = {self.samples_per_step}"
             )
-        if self.critic_init == "reward" and not any(r.type == "model" for r in self.rewards):
+        if self.critic_init == "reward" and not any(r.type in ("model", "ensemble") for r in self.rewards):
             mistakes.append(
-                "critic_init=reward: none of the rewards is of type model; use critic_init: policy"
+                "critic_init=reward: none of the rewards is of type model or ensemble; "
+                "use critic_init: policy"
             )
         if all(reward.weight == 0 for reward in self.rewards):
             mistakes.append("rewards: every weight is 0, so there is nothing to train on")
@@ -111,6 +112,7 @@ class OnlineSection(Section):
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
             mistakes.append(f"rewards: names must differ, these do not: {', '.join(names)}")
+        mistakes += judge_mistakes(self.rewards)
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
