@@ -42,6 +42,7 @@ from rlhf_ray.reporting.evaluation import EvalRecord
 from rlhf_ray.reporting.metrics_log import MetricsLog, MetricsRow, read_metrics
 from rlhf_ray.reporting.progress import Progress, QuietProgress
 from rlhf_ray.reporting.run_folder import RunFolder
+from rlhf_ray.rewards.source import Samples
 from rlhf_ray.roles import Done, Pending, ScoredChunk
 from rlhf_ray.types import (
     JudgedPair,
@@ -170,6 +171,12 @@ def rollouts_of(
         columns=tuple(columns or [{} for _ in range(count)]),
         messages=tuple(({"role": "user", "content": f"question {prompt}"},) for prompt in ids),
     )
+
+
+def samples_of(*texts: str, **columns: list[object]) -> Samples:
+    """Given answers, whatever their tokens."""
+    rows = [{name: column[row] for name, column in columns.items()} for row in range(len(texts))]
+    return Samples(tuple(texts), rollouts_of([[1, 30]] * len(texts), [[40, 2]] * len(texts), columns=rows))
 
 
 def prompts_of(*texts: str) -> Prompts:

@@ -78,7 +78,12 @@ def read_reasoning_gym(section: DatasetSection, seed: int) -> Iterator[Row]:
 def _rows(section: DatasetSection, task: Task, size: int, wanted: int) -> Iterator[Row]:
     seen: set[str] = set()
     for index in range(size):
-        entry = task[index]
+        try:
+            entry = task[index]
+        except Exception as error:  # what a task does with options that it let pass
+            raise DataError(
+                f"dataset.options={section.options}: {section.path} fails with them: {error}; change them"
+            ) from error
         question = str(entry["question"])
         if question in seen or split_of(question) != section.split:
             continue

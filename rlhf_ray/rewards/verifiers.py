@@ -19,7 +19,7 @@ from rlhf_ray.config.schema import (
     RegexReward,
     TextVerifier,
 )
-from rlhf_ray.data.reasoning_gym import make_task
+from rlhf_ray.data.reasoning_gym import Task, make_task
 from rlhf_ray.rewards.functions import TextFunction
 from rlhf_ray.rewards.source import Samples, Values
 
@@ -84,7 +84,9 @@ def equal_as_mathematics(answer: str | None, right: str) -> float | None:
     # math-verify's own timeouts are signals, which only a main thread may set; 0 means none.
     is_main = threading.current_thread() is threading.main_thread()
     seconds = SECONDS_AN_ANSWER if is_main else 0
-    gold = parse(right, parsing_timeout=seconds) or parse(f"${right}$", parsing_timeout=seconds)
+    # Of bare LaTeX, 2\sqrt{2} say, it would only read the first number.
+    is_bare = "\\" in right and not any(mark in right for mark in ("$", "\\(", "\\[", "\\boxed"))
+    gold = parse(f"${right}$" if is_bare else right, parsing_timeout=seconds)
     if not gold:
         return None
     found = parse(answer or "", parsing_timeout=seconds)
@@ -93,7 +95,7 @@ def equal_as_mathematics(answer: str | None, right: str) -> float | None:
 
 def _reasoning_gym(section: ReasoningGymReward) -> TextFunction:
     @functools.cache
-    def task(name: str, options: str) -> object:
+    def task(name: str, options: str) -> Task:
         return make_task(name, json.loads(options))
 
     def score_of(completion: str, entry: dict[str, object], options: object) -> float:
@@ -101,7 +103,10 @@ def _reasoning_gym(section: ReasoningGymReward) -> TextFunction:
         metadata = entry["metadata"]
         assert isinstance(metadata, dict)
         dataset = task(str(metadata["source_dataset"]), json.dumps(options, sort_keys=True))
-        found = float(dataset.score_answer(answer, entry))  # type: ignore[attr-defined]
+        try:
+            found = float(dataset.score_answer(answer, entry))
+        except Exception:  # several scorers raise, each its own, on answers that they cannot read
+            return 0.0
         return found if section.threshold is None else float(found >= section.threshold)
 
     def score(

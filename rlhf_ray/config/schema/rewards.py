@@ -57,10 +57,17 @@ class EnsembleReward(Source):
 
     type: Literal["ensemble"]
     name: str = Field("proxy", min_length=1)
-    paths: tuple[str, ...] = Field(min_length=2)
+    paths: tuple[str, ...]
     chat_template: str | None = None
     aggregate: Literal["mean", "pessimistic"] = "mean"
     spread_coef: float = Field(1.0, ge=0)
+
+    @field_validator("paths")
+    @classmethod
+    def _several(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+        if len(paths) < 2:
+            raise ValueError("needs at least two reward models")
+        return paths
 
 
 class FunctionReward(Source):
@@ -186,7 +193,8 @@ class ReasoningGymReward(AnswerVerifier):
 class MathReward(AnswerVerifier):
     """1 if the answer equals the one in the dataset's column as mathematics (1/2 = 0.5), else 0.
 
-    Does not apply to rows whose right answer cannot be read as mathematics.
+    Does not apply to rows whose right answer cannot be read: numbers may stand alone, other mathematics
+    wants LaTeX, with a backslash in it or between $.
     """
 
     type: Literal["math"]
