@@ -210,7 +210,7 @@ class Scores:
     events: Metrics = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.is_valid) != len(self.total):
+        if not len(self.is_valid):
             object.__setattr__(self, "is_valid", np.ones(len(self.total), dtype=np.bool_))
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import time
@@ -30,6 +31,19 @@ def dies_when_asked(prompts: object, completions: Texts, **columns: object) -> l
 
 def refuses(prompts: object, completions: Texts, **columns: object) -> list[float]:
     raise ValueError("no")
+
+
+def has_its_own_loop(prompts: object, completions: Texts, **columns: object) -> list[float]:
+    """Not async, but it waits for something that is."""
+
+    async def measure(text: str) -> float:
+        await asyncio.sleep(0)
+        return float(len(text))
+
+    async def all_of_them() -> list[float]:
+        return list(await asyncio.gather(*[measure(text) for text in completions]))
+
+    return asyncio.run(all_of_them())
 
 
 async def fails_on_bad(prompts: object, completions: Texts, **columns: object) -> list[float]:

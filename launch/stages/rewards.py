@@ -96,8 +96,10 @@ def _judge_model(context: StageContext, section: OnlineSection, policy: ModelSec
     judge = next((reward for reward in section.rewards if isinstance(reward, JudgeReward)), None)
     if judge is None:
         return None
-    template = judge.chat_template or (None if judge.path else policy.chat_template)
-    return context.model("judge", ModelSection(path=judge.path or policy.path, chat_template=template))
+    model = ModelSection(path=judge.path) if judge.path else policy
+    if judge.chat_template is not None:
+        model = model.model_copy(update={"chat_template": judge.chat_template})
+    return context.model("judge", model)
 
 
 def _with_template(reward: Reward) -> Reward:

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,33 +67,46 @@ class RewardFunction:
         Raises:
             RewardError: it raised, or gave the wrong number or kind of values.
         """
-        return asyncio.run(self.rewards(prompts, completions, columns, in_thread=False))
-
-    async def score(self, samples: Samples) -> Values:
-        """In the event loop if the function is async, else in a thread of its own."""
-        columns = samples.rollouts.columns
-        return Values(await self.rewards(samples.prompts, samples.completions, columns, in_thread=True))
+        with self._blamed():
+            found = self.function(*_arguments(prompts, completions), **as_lists(columns))
+            if inspect.isawaitable(found):
+                found = asyncio.run(_wait(found))
+        return checked(self.name, found, len(completions))
 
     async def rewards(
         self,
         prompts: Sequence[tuple[Message, ...]],
         completions: Sequence[str],
         columns: Sequence[dict[str, object]],
-        in_thread: bool,
     ) -> NDArray[np.float32]:
-        """As `__call__`. in_thread: a function that is not async does not hold up the event loop."""
-        arguments = [list(p) for p in prompts], list(completions)
-        by_name = as_lists(columns)
-        try:
-            if in_thread and not inspect.iscoroutinefunction(self.function):
-                found = await asyncio.to_thread(self.function, *arguments, **by_name)
-            else:
-                found = self.function(*arguments, **by_name)
+        """As `__call__`, in the event loop if the function is async, else in a thread of its own."""
+        call = functools.partial(self.function, *_arguments(prompts, completions), **as_lists(columns))
+        with self._blamed():
+            is_async = inspect.iscoroutinefunction(self.function)
+            found = call() if is_async else await asyncio.to_thread(call)
             if inspect.isawaitable(found):
                 found = await found
+        return checked(self.name, found, len(completions))
+
+    async def score(self, samples: Samples) -> Values:
+        return Values(await self.rewards(samples.prompts, samples.completions, samples.rollouts.columns))
+
+    @contextmanager
+    def _blamed(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # the person's own code, which may raise anything
             raise RewardError(f"reward '{self.name}' raised {type(error).__name__}: {error}") from error
-        return checked(self.name, found, len(completions))
 
     def close(self) -> None:
         pass
+
+
+def _arguments(
+    prompts: Sequence[tuple[Message, ...]], completions: Sequence[str]
+) -> tuple[list[list[Message]], list[str]]:
+    return [list(prompt) for prompt in prompts], list(completions)
+
+
+async def _wait(awaitable: Awaitable[object]) -> object:
+    return await awaitable

@@ -49,7 +49,7 @@ class RewardServer:
         except ValueError as error:
             return _error(400, str(error))
         try:
-            rewards = await self.function.rewards(prompts, completions, columns, in_thread=True)
+            rewards = await self.function.rewards(prompts, completions, columns)
         except RewardError as error:
             return _error(500, str(error))
         values = [None if np.isnan(reward) else float(reward) for reward in rewards]
