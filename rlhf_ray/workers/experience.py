@@ -205,7 +205,9 @@ def _check_version(rollouts: Rollouts, version: int, step: int) -> None:
 def _part_metrics(scores: Scores) -> Metrics:
     """Of each source over the samples that it has something to say about; nothing where there are none."""
     metrics: Metrics = dict(scores.events)
-    metrics |= {f"reward/{name}/spread": float(np.nanmean(spread)) for name, spread in scores.spreads.items()}
+    for name, spread in scores.spreads.items():
+        if not np.isnan(spread).all():
+            metrics[f"reward/{name}/spread"] = float(np.nanmean(spread))
     for name, part in scores.parts.items():
         known = part[~np.isnan(part)]
         if len(known):

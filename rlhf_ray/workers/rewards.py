@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import SecretStr
 
 from rlhf_ray.config.schema import (
@@ -31,7 +32,7 @@ from rlhf_ray.rewards.functions import RewardFunction
 from rlhf_ray.rewards.judge import JudgeSource
 from rlhf_ray.rewards.models import EnsembleSource, ModelSource
 from rlhf_ray.rewards.remote import HttpSource
-from rlhf_ray.rewards.source import RewardSource, Samples
+from rlhf_ray.rewards.source import RewardSource, Samples, Values
 from rlhf_ray.rewards.verifiers import LengthSource, text_verifier
 from rlhf_ray.types import Metrics, Rollouts, Scores
 
@@ -104,12 +105,15 @@ class RewardWorker(_Sources):
         # NaN stands for "does not apply": it adds nothing to the total.
         total = sum(section.weight * np.nan_to_num(rewards[section.name]) for section in trained)
         failed = np.any([outcomes[section.name].failed for section in trained], axis=0)
-        spreads = {name: outcome.values.spread for name, outcome in outcomes.items()}
         return Scores(
             total=np.asarray(total, dtype=np.float32),
             parts=rewards,
             is_valid=~failed,
-            spreads={name: spread for name, spread in spreads.items() if spread is not None},
+            spreads={
+                section.name: _spread(outcomes[section.name].values)
+                for section in self.sections
+                if isinstance(section, EnsembleReward)
+            },
             events=self._events(outcomes),
         )
 
@@ -122,6 +126,11 @@ class RewardWorker(_Sources):
                 events[f"reward/{section.name}/failures"] = float(outcome.failed.sum())
                 events[f"reward/{section.name}/retries"] = float(outcome.num_retries)
         return events
+
+
+def _spread(values: Values) -> NDArray[np.float32]:
+    """NaN where the ensemble failed."""
+    return np.full_like(values.rewards, np.nan) if values.spread is None else values.spread
 
 
 def _source(section: Reward, models: Sequence[ModelSource], token: SecretStr | None) -> RewardSource:

@@ -103,6 +103,21 @@ def test_an_ensemble_is_its_members_mean_less_their_spread(
         np.testing.assert_allclose(scores.spreads["proxy"], spread, rtol=1e-4)
 
 
+def test_an_ensemble_that_fails_on_a_chunk_joins_one_that_did_not(
+    policy: ModelSection, reward_models: list[ModelSection]
+) -> None:
+    paths = tuple(model.path for model in reward_models)
+    section = EnsembleReward(type="ensemble", paths=paths, on_error="mask", max_retries=0)
+    ensemble = worker(policy, (section, tuple(reward_models)))
+    fine = ensemble.score(texts("egg"))
+    member = ensemble.sources["proxy"].source.members[1]  # type: ignore[attr-defined]
+    with torch.no_grad():
+        member.model.module.model.score.weight.fill_(float("nan"))
+    whole = Scores.concat([fine, ensemble.score(texts("a", "b"))])
+    assert whole.is_valid.tolist() == [True, False, False]
+    assert np.isnan(whole.spreads["proxy"]).tolist() == [False, True, True]
+
+
 def letters_tokenizer() -> PreTrainedTokenizerFast:
     """Another one: a token a byte, and questions and answers between other marks."""
     marks = ["[END]", "[Q]", "[A]"]
