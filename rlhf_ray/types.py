@@ -225,6 +225,16 @@ class Scores:
             events={name: sum(chunk.events[name] for chunk in chunks) for name in first.events},
         )
 
+    def select(self, rows: Sequence[int] | NDArray[np.int64]) -> Scores:
+        """The given rows; what happened while they were scored, happened to all."""
+        return Scores(
+            total=self.total[rows],
+            parts={name: part[rows] for name, part in self.parts.items()},
+            is_valid=self.is_valid[rows],
+            spreads={name: spread[rows] for name, spread in self.spreads.items()},
+            events=self.events,
+        )
+
 
 @dataclass(frozen=True)
 class SFTBatch(Rows):

@@ -279,3 +279,7 @@ def test_chunks_join() -> None:
     assert whole.is_valid.tolist() == [True, False, False]
     assert whole.spreads["a"].tolist() == [1.0, 2.0, 2.0]
     assert whole.events == {"reward/a/retries": 3.0}
+    chosen = whole.select([2, 0])
+    assert chosen.is_valid.tolist() == [False, True]
+    assert chosen.spreads["a"].tolist() == chosen.parts["a"].tolist() == [2.0, 1.0]
+    assert chosen.events == whole.events
