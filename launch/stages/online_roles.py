@@ -115,7 +115,8 @@ class OnlineBuilder:
         )
 
     def _critic_start(self) -> ModelSection:
-        return self.models.rewards.models[0] if self.section.critic_init == "reward" else self.models.policy
+        policy = self.models.policy
+        return self.models.rewards.critic_start(policy) if self.section.critic_init == "reward" else policy
 
     def _reference(self) -> ActorGroup:
         group = self.placement.start("reference")

@@ -43,6 +43,20 @@ class RewardModels:
     def models(self) -> list[ModelSection]:
         return [model for _, models in self.sources for model in models]
 
+    def critic_start(self, policy: ModelSection) -> ModelSection:
+        """The reward model that a critic begins as.
+
+        Raises:
+            ConfigError: it reads other tokens than the policy writes.
+        """
+        first = self.models[0]
+        if not reads_alike(load_tokenizer(policy), load_tokenizer(first)):
+            raise ConfigError(
+                "online.critic_init=reward: the reward model has another tokenizer or chat template than the "
+                "policy, whose tokens a critic reads; use critic_init: policy"
+            )
+        return first
+
     @property
     def judges(self) -> list[JudgeReward]:
         return [section for section, _ in self.sources if isinstance(section, JudgeReward)]
@@ -51,10 +65,9 @@ class RewardModels:
 def find_rewards(context: StageContext, section: OnlineSection, policy: ModelSection) -> RewardModels:
     """
     Raises:
-        ConfigError: a reward model, a token or a template is not there, or the critic cannot start from the
-            reward model.
+        ConfigError: a reward model, a token or a template is not there.
     """
-    found = RewardModels(
+    return RewardModels(
         sources=tuple((_with_template(r), _models_of(context, r)) for r in section.rewards),
         judge=_judge_model(context, section, policy),
         tokens={
@@ -63,14 +76,6 @@ def find_rewards(context: StageContext, section: OnlineSection, policy: ModelSec
             if isinstance(reward, HttpReward) and reward.token_env is not None
         },
     )
-    if section.critic_init == "reward" and not reads_alike(
-        load_tokenizer(policy), load_tokenizer(found.models[0])
-    ):
-        raise ConfigError(
-            "online.critic_init=reward: the reward model has another tokenizer or chat template than the "
-            "policy, whose tokens a critic reads; use critic_init: policy"
-        )
-    return found
 
 
 def _models_of(context: StageContext, reward: Reward) -> tuple[ModelSection, ...]:
