@@ -103,7 +103,5 @@ def test_a_critic_cannot_start_from_a_reward_model_with_other_words(folder: Path
     policy = ModelSection(path="lm")
     alike, other = (found(context({"type": "model", "path": name})) for name in ("rm", "other"))
     assert Path(alike.critic_start(policy).path).name == "rm"
-    with pytest.raises(
-        ConfigError, match="critic_init=reward: the reward model has another tokenizer"
-    ):
+    with pytest.raises(ConfigError, match="critic_init=reward: the reward model has another tokenizer"):
         other.critic_start(policy)
