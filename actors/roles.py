@@ -54,11 +54,15 @@ class RemoteGenerator:
 
 
 class RemoteScorer:
-    def __init__(self, group: ActorGroup) -> None:
+    """The reward sources of one actor, which adds what the judge says to its own."""
+
+    def __init__(self, group: ActorGroup, judge: ActorGroup | None = None) -> None:
         self.group = group
+        self.judge = judge
 
     def score(self, rollouts: Pending[Rollouts]) -> Pending[Scores]:
-        return cast(Pending[Scores], self.group.call("score", rollouts, kind="score"))
+        judged = [self.judge.call("score", rollouts, kind="judge")] if self.judge else []
+        return cast(Pending[Scores], self.group.call("score", rollouts, *judged, kind="score"))
 
 
 class RemoteReference:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.generic]
 Message = dict[str, str]
 """One turn of a conversation: `{"role": ..., "content": ...}`."""
+Metrics = dict[str, float]
+"""Names of METRICS as in the documentation (`policy/loss`, `kl/mean`, ...) -> value."""
 
 
 @dataclass(frozen=True)
@@ -193,20 +195,45 @@ class Scores:
 
     Fields:
         total: [B] float32, the weighted sum that is trained on.
-        parts: name of each source -> [B] float32, unweighted. Sources of weight 0 are watched, not trained
-            on.
+        parts: name of each source -> [B] float32, unweighted; NaN where it has nothing to say. Sources of
+            weight 0 are watched, not trained on.
+        is_valid: [B] bool, False where a source that is trained on failed: such a sample is not trained on.
+            By default all are.
+        spreads: name of a source -> [B] float32, how far its members are apart (standard deviation).
+        events: metric's name -> how often it happened (`reward/<name>/failures`, `reward/<name>/retries`).
     """
 
     total: NDArray[np.float32]
     parts: dict[str, NDArray[np.float32]]
+    is_valid: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=np.bool_))
+    spreads: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    events: Metrics = field(default_factory=dict)
 
-    def select(self, rows: Sequence[int] | NDArray[np.int64]) -> Scores:
-        return Scores(self.total[rows], {name: part[rows] for name, part in self.parts.items()})
+    def __post_init__(self) -> None:
+        if not len(self.is_valid):
+            object.__setattr__(self, "is_valid", np.ones(len(self.total), dtype=np.bool_))
 
     @staticmethod
     def concat(chunks: Sequence[Scores]) -> Scores:
-        parts = {name: np.concatenate([c.parts[name] for c in chunks]) for name in chunks[0].parts}
-        return Scores(np.concatenate([c.total for c in chunks]), parts)
+        """The samples of all chunks; events are added up."""
+        first = chunks[0]
+        return Scores(
+            total=np.concatenate([chunk.total for chunk in chunks]),
+            parts={name: np.concatenate([c.parts[name] for c in chunks]) for name in first.parts},
+            is_valid=np.concatenate([chunk.is_valid for chunk in chunks]),
+            spreads={name: np.concatenate([c.spreads[name] for c in chunks]) for name in first.spreads},
+            events={name: sum(chunk.events[name] for chunk in chunks) for name in first.events},
+        )
+
+    def select(self, rows: Sequence[int] | NDArray[np.int64]) -> Scores:
+        """The given rows; what happened while they were scored, happened to all."""
+        return Scores(
+            total=self.total[rows],
+            parts={name: part[rows] for name, part in self.parts.items()},
+            is_valid=self.is_valid[rows],
+            spreads={name: spread[rows] for name, spread in self.spreads.items()},
+            events=self.events,
+        )
 
 
 @dataclass(frozen=True)
@@ -333,7 +360,3 @@ class RLBatch(Rows):
     returns: Ragged
     importance_weights: Ragged
     is_trained: Ragged
-
-
-Metrics = dict[str, float]
-"""Names of METRICS as in the documentation (`policy/loss`, `kl/mean`, ...) -> value."""

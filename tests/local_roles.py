@@ -30,6 +30,7 @@ from rlhf_ray.reporting.evaluation import EvalRecord
 from rlhf_ray.reporting.metrics_log import MetricsLog, MetricsRow, read_metrics
 from rlhf_ray.reporting.progress import Progress, QuietProgress
 from rlhf_ray.reporting.run_folder import RunFolder
+from rlhf_ray.rewards.source import Samples
 from rlhf_ray.roles import Done, Pending, Reference, ScoredChunk
 from rlhf_ray.types import (
     JudgedPair,
@@ -48,9 +49,10 @@ from rlhf_ray.weights.source import ModuleWeightSource
 from rlhf_ray.weights.verify import Probe, compare_probe
 from rlhf_ray.workers.annotator import AnnotatorWorker
 from rlhf_ray.workers.experience import ExperienceWorker
-from rlhf_ray.workers.frozen import ReferenceWorker, RewardWorker
+from rlhf_ray.workers.frozen import ReferenceWorker
 from rlhf_ray.workers.model_worker import ModelWorker
 from rlhf_ray.workers.policy import PolicyWorker
+from rlhf_ray.workers.rewards import RewardWorker
 from rlhf_ray.workers.scalar import CriticWorker, RewardTrainerWorker
 from tests.fakes import HandFedGenerator
 from tests.ranks import EXACT, worker_spec
@@ -102,6 +104,12 @@ def rollouts_of(
         columns=tuple(columns or [{} for _ in range(count)]),
         messages=tuple(({"role": "user", "content": f"question {prompt}"},) for prompt in ids),
     )
+
+
+def samples_of(*texts: str, **columns: list[object]) -> Samples:
+    """Given answers, whatever their tokens."""
+    rows = [{name: column[row] for name, column in columns.items()} for row in range(len(texts))]
+    return Samples(tuple(texts), rollouts_of([[1, 30]] * len(texts), [[40, 2]] * len(texts), columns=rows))
 
 
 def prompts_of(*texts: str) -> Prompts:
@@ -361,12 +369,22 @@ def online_roles(
         reference = LocalReference(ReferenceWorker(model, training, CPU, threads=1))
     return OnlineRoles(
         generator=LocalGenerator(engines),
-        scorer=LocalScorer(RewardWorker(model, rewards, training, CPU, threads=1)),
+        scorer=LocalScorer(reward_worker(model, rewards, training)),
         reference=reference,
         policy=LocalPolicy(policy, engines),
         critic=critic,
         experience=LocalExperience(ExperienceWorker(section, model, rollouts_folder)),
     )
+
+
+def reward_worker(
+    policy: ModelSection,
+    rewards: Sequence[tuple[Reward, ModelSection | None]],
+    training: TrainingSection = EXACT,
+) -> RewardWorker:
+    """Args: rewards: each source, with the model of those that are one."""
+    sources = [(section, () if model is None else (model,)) for section, model in rewards]
+    return RewardWorker(policy, sources, training, CPU, threads=1, tokens={})
 
 
 def annotators(

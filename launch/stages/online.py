@@ -5,10 +5,10 @@ from __future__ import annotations
 from launch.stages.context import StageContext
 from launch.stages.generation import load_prompts
 from launch.stages.online_roles import OnlineBuilder, OnlineModels, demands
-from rlhf_ray.config.schema import ModelReward, ModelSection, OnlineSection, Reward
+from launch.stages.rewards import find_rewards
+from rlhf_ray.config.schema import OnlineSection
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.split import split_key, split_rows
-from rlhf_ray.errors import ConfigError
 from rlhf_ray.loops.online import OnlineLoop
 from rlhf_ray.reporting.evaluation import summarise
 from rlhf_ray.reporting.summary import save_closing
@@ -23,7 +23,7 @@ def run_online(context: StageContext) -> Metrics:
     assert section is not None
     policy = context.model("model", section.model)
     reference = context.model("reference", section.reference, default=section.model)
-    models = OnlineModels(policy, reference, _reward_models(context, section))
+    models = OnlineModels(policy, reference, find_rewards(context, section, policy))
     prompts, held_out = _prompts(context, section, context.formatter(policy))
     with (
         context.placement(demands(context, models)) as placement,
@@ -44,22 +44,6 @@ def run_online(context: StageContext) -> Metrics:
     watched = [reward.name for reward in section.rewards if reward.weight == 0]
     save_closing(context.folder, summarise(before, after, watched=watched), before, after)
     return run.last_metrics
-
-
-def _reward_models(context: StageContext, section: OnlineSection) -> list[tuple[Reward, ModelSection | None]]:
-    """Each reward source, with the model of those that are one."""
-    found: list[tuple[Reward, ModelSection | None]] = []
-    for reward in section.rewards:
-        if not isinstance(reward, ModelReward):
-            found.append((reward, None))
-            continue
-        named = ModelSection(path=reward.path) if reward.path else context.artefacts.reward_model
-        if named is None:
-            raise ConfigError(
-                f"online.rewards: '{reward.name}' names no path, and no reward stage came before"
-            )
-        found.append((reward, context.model(f"reward:{reward.name}", named)))
-    return found
 
 
 def _prompts(

@@ -16,13 +16,13 @@ from actors.roles import (
     RemoteGenerator,
     RemotePolicy,
     RemoteReference,
-    RemoteScorer,
 )
 from launch.memory import frozen_memory, model_size
 from launch.placement import Placement, RoleDemand
 from launch.stages.context import StageContext
 from launch.stages.generation import build_engines, demand_engine
-from rlhf_ray.config.schema import ModelSection, OnlineSection, OptimizerSection, Reward
+from launch.stages.rewards import RewardModels, build_scorer, demand_rewards
+from rlhf_ray.config.schema import ModelSection, OnlineSection, OptimizerSection
 from rlhf_ray.loops.online import OnlineRoles
 from rlhf_ray.roles import Reference
 from rlhf_ray.types import Prompts, Ragged
@@ -33,15 +33,9 @@ PROBE_ROWS, PROBE_TOKENS = 8, 64
 
 @dataclass(frozen=True)
 class OnlineModels:
-    """Fields: rewards: each source, with the model of those that are one."""
-
     policy: ModelSection
     reference: ModelSection
-    rewards: list[tuple[Reward, ModelSection | None]]
-
-    @property
-    def reward_models(self) -> list[ModelSection]:
-        return [model for _, model in self.rewards if model is not None]
+    rewards: RewardModels
 
 
 def adapters_hold_reference(context: StageContext, models: OnlineModels) -> bool:
@@ -53,10 +47,9 @@ def demands(context: StageContext, models: OnlineModels) -> list[RoleDemand]:
     placement, section = context.config.placement, context.config.online
     assert section is not None
     size = model_size(models.policy)
-    rewards = frozen_memory(size, len(models.reward_models))
     found = [
         context.demand_trained("policy", models.policy),
-        RoleDemand("reward", placement.reward, context.main_memory(rewards)),
+        *demand_rewards(context, models.policy, models.rewards),
         demand_engine(context, models.policy),
     ]
     if section.uses_critic:
@@ -87,9 +80,7 @@ class OnlineBuilder:
         generator = RemoteGenerator(engines)
         roles = OnlineRoles(
             generator=generator,
-            scorer=RemoteScorer(
-                self._frozen("reward", policy=self.models.policy, sources=self.models.rewards)
-            ),
+            scorer=build_scorer(context, self.placement, self.models.policy, self.models.rewards),
             reference=self._reference(policy) if self.section.uses_reference else None,
             policy=RemotePolicy(policy, context.config.sync, generator, _probe(prompts)),
             critic=critic,
@@ -102,7 +93,7 @@ class OnlineBuilder:
     def _reference(self, policy: ActorGroup) -> Reference:
         if adapters_hold_reference(self.context, self.models):
             return RemoteAdapterReference(policy)
-        return RemoteReference(self._frozen("reference", model=self.models.reference))
+        return RemoteReference(self._frozen_reference())
 
     def _policy_and_engines(self) -> tuple[ActorGroup, Backend, ActorGroup]:
         config = self.context.config
@@ -146,16 +137,19 @@ class OnlineBuilder:
         return RemoteCritic(group)
 
     def _critic_start(self) -> ModelSection:
-        return self.models.reward_models[0] if self.section.critic_init == "reward" else self.models.policy
+        policy = self.models.policy
+        return self.models.rewards.critic_start(policy) if self.section.critic_init == "reward" else policy
 
-    def _frozen(self, role: str, **options: object) -> ActorGroup:
-        group = self.placement.start(role)
-        share = self.placement.shares[role]
-        where = {"device": self.context.device(self.placement, role), "threads": share.threads}
-        factory = {"reward": "RewardWorker", "reference": "ReferenceWorker"}[role]
-        arguments = {**options, **where, "training": self.context.config.training}
+    def _frozen_reference(self) -> ActorGroup:
+        group = self.placement.start("reference")
+        arguments = {
+            "model": self.models.reference,
+            "training": self.context.config.training,
+            "device": self.context.device(self.placement, "reference"),
+            "threads": self.placement.shares["reference"].threads,
+        }
         group.build(
-            f"rlhf_ray.workers.frozen:{factory}", [arguments], self.context.config.cluster.start_timeout
+            "rlhf_ray.workers.frozen:ReferenceWorker", [arguments], self.context.config.cluster.start_timeout
         )
         return group
 

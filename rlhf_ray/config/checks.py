@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from rlhf_ray.config import outline
 from rlhf_ray.config.document import Document, KeyPath, Raw, plain
 from rlhf_ray.config.loading import parse_document, read_document
-from rlhf_ray.config.model_checks import Kind, linear_names, max_positions, model_mistakes, path_mistakes
+from rlhf_ray.config.model_checks import Kind, linear_names, max_positions, model_mistakes
+from rlhf_ray.config.reward_checks import reward_mistakes
 from rlhf_ray.config.schema import (
     STAGES,
     ConstitutionAnnotator,
@@ -35,6 +36,7 @@ from rlhf_ray.config.schema import (
     OnlineSection,
     PlacementSection,
     PreferencesSection,
+    Reward,
     RewardSection,
     RunConfig,
     Section,
@@ -43,6 +45,7 @@ from rlhf_ray.config.schema import (
     StageName,
     TrainingSection,
 )
+from rlhf_ray.config.schema.rewards import Source
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting.run_folder import RunFolder
 
@@ -187,10 +190,17 @@ def _models(parts: Parts) -> Iterator[Finding]:
         kind: Kind = "either" if path[0] == "reward" else "language"
         for key, sentence in model_mistakes(section, kind):
             yield (*path, key), sentence
-    for path, reward in parts.all(ModelReward):
-        if reward.path is not None:
-            for sentence in path_mistakes(reward.path, "reward"):
-                yield (*path, "path"), sentence
+
+
+def _rewards(parts: Parts) -> Iterator[Finding]:
+    from rlhf_ray.data.formats import reward_columns
+
+    datasets = [parts.get(DatasetSection, "online", key) for key in ("dataset", "eval_dataset")]
+    tables = [reward_columns(dataset) for dataset in datasets if dataset is not None] or [None]
+    for path, reward in parts.all(Source):
+        for columns in tables:
+            for key, sentence in reward_mistakes(cast(Reward, reward), columns):
+                yield (*path, *key), sentence
 
 
 def _functions(parts: Parts) -> Iterator[Finding]:
@@ -354,6 +364,7 @@ _CHECKS: tuple[Callable[[Parts], Iterator[Finding]], ...] = (
     _output_dir,
     _datasets,
     _models,
+    _rewards,
     _functions,
     _constitutions,
     _lengths,

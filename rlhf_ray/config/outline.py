@@ -81,7 +81,8 @@ def fill_defaults(raw: Raw, node: Node) -> None:
         default = child.get("default")
         if isinstance(default, dict | list):
             written = raw.setdefault(key, copy.deepcopy(default))
-            if isinstance(default, dict) and isinstance(written, dict):
+            # A mapping with keys of one's own, unlike a section, is written as a whole.
+            if isinstance(default, dict) and isinstance(written, dict) and section(child, written):
                 raw[key] = {**copy.deepcopy(default), **written}
         if key in raw:
             fill_defaults(raw[key], child)

@@ -118,6 +118,15 @@ def check_columns(section: DatasetSection, purpose: Purpose) -> list[str]:
     return []
 
 
+def reward_columns(section: DatasetSection) -> list[str] | None:
+    """Columns that reward sources see, as far as the first rows show them; None where they cannot be told."""
+    try:
+        rows = first_rows(section, ROWS_CHECKED)
+    except DataError:
+        return None
+    return None if rows is None else [name for name in columns_of(rows) if name not in ("prompt", "messages")]
+
+
 def _form(columns: Sequence[str], purpose: Purpose, source: str) -> tuple[str, ...]:
     """The first alternative whose columns are all there."""
     if purpose == "prompts" and (taken := [name for name in REWARD_ARGUMENTS if name in columns]):

@@ -18,10 +18,14 @@ import numpy as np
 
 from rlhf_ray.config.schema import DatasetSection
 from rlhf_ray.data.files import Row, is_data_file, read_file
+from rlhf_ray.data.reasoning_gym import PREFIX as REASONING_GYM
+from rlhf_ray.data.reasoning_gym import read_reasoning_gym
 from rlhf_ray.errors import DataError
 
 EMBEDDED = "embedded:"
 EMBEDDED_NAMES = ("demonstrations", "prompts", "red-team")
+MADE = (EMBEDDED, REASONING_GYM)
+"""Beginnings of paths that name no file."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -59,12 +63,13 @@ def load_rows(section: DatasetSection, seed: int) -> Table:
     """Read a dataset: all rows in their order, or, with `limit`, the first rows after shuffling by `seed`.
 
     A local file is one split, "train"; to evaluate on other rows, name another file. The embedded datasets
-    have the splits "train" and "test"; folders and hub names have those that the `datasets` library finds.
+    and the tasks of reasoning_gym have the splits "train" and "test"; folders and hub names have those that
+    the `datasets` library finds.
 
     Raises:
         DataError: missing, unreadable, damaged, not a table, empty, or without that split.
     """
-    rows = list(_read(section))
+    rows = list(_read(section, seed))
     source = section.path if _is_file(section) else f"{section.path} ({section.split})"
     if not rows:
         raise DataError(f"dataset.path={section.path}: has no rows in split '{section.split}'")
@@ -82,13 +87,19 @@ def first_rows(section: DatasetSection, count: int) -> list[Row] | None:
     """
     if _is_hub_name(section):
         return None
-    rows = list(islice(_read(section), count))
+    if section.path.startswith(REASONING_GYM):
+        count = 1  # all have the same columns, and some tasks take a second a row
+    rows = list(islice(_read(section, seed=0), count))
     if not rows:
         raise DataError(f"dataset.path={section.path}: has no rows in split '{section.split}'")
     return rows
 
 
-def _read(section: DatasetSection) -> Iterator[Row]:
+def _read(section: DatasetSection, seed: int) -> Iterator[Row]:
+    if section.path.startswith(REASONING_GYM):
+        _refuse_name(section)
+        return read_reasoning_gym(section, seed)
+    _refuse_options(section)
     if section.path.startswith(EMBEDDED):
         return _read_embedded(section)
     path = _local(section)
@@ -125,14 +136,14 @@ def _exists(path: Path) -> bool:
 
 
 def _is_hub_name(section: DatasetSection) -> bool:
-    if section.path.startswith(EMBEDDED):
+    if section.path.startswith(MADE):
         return False
     path = _local(section)
     return not _exists(path) and not is_data_file(path) and HUB_NAME.fullmatch(section.path) is not None
 
 
 def _is_file(section: DatasetSection) -> bool:
-    return not section.path.startswith(EMBEDDED) and _local(section).is_file()
+    return not section.path.startswith(MADE) and _local(section).is_file()
 
 
 def _refuse_name(section: DatasetSection) -> None:
@@ -141,6 +152,14 @@ def _refuse_name(section: DatasetSection) -> None:
             f"dataset.name={section.name}: only hub datasets have configurations, and {section.path} is "
             "local; remove name"
         )
+
+
+def _refuse_options(section: DatasetSection) -> None:
+    for key in ("options", "prompt_suffix"):
+        if value := getattr(section, key):
+            raise DataError(
+                f"dataset.{key}={value}: belongs to datasets of {REASONING_GYM}TASK; remove {key}"
+            )
 
 
 def _missing(section: DatasetSection, path: Path) -> NoReturn:

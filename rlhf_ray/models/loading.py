@@ -120,6 +120,11 @@ def _template(name: str) -> str:
         raise ModelError(f"model.chat_template={name}: cannot be read ({error.strerror})") from None
 
 
+def reads_alike(left: PreTrainedTokenizerBase, right: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers write conversations as the same ids."""
+    return left.chat_template == right.chat_template and left.get_vocab() == right.get_vocab()
+
+
 def eos_token_ids(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every id that ends an answer: the tokenizer's first, then the rest of generation_config's."""
     source = materialise(section)

@@ -6,18 +6,24 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.errors import ConfigError, RewardError
+from rlhf_ray.rewards.source import Samples, Values, as_lists, checked
 from rlhf_ray.types import Message
 
+TextFunction = Callable[..., object]
+"""`f(prompts, completions, **columns)`."""
 
-def import_function(path: str) -> Callable[..., object]:
+
+def import_function(path: str) -> TextFunction:
     """
     Raises:
         ConfigError: `path` is not `module:name`, or there is no such thing.
@@ -36,11 +42,15 @@ def import_function(path: str) -> Callable[..., object]:
 
 
 class RewardFunction:
-    """A user's function, sync or async, with its results checked."""
+    """A function, sync or async, with its results checked.
 
-    def __init__(self, name: str, path: str) -> None:
+    Args:
+        function: itself, or its import path.
+    """
+
+    def __init__(self, name: str, function: str | TextFunction) -> None:
         self.name = name
-        self.function = import_function(path)
+        self.function = import_function(function) if isinstance(function, str) else function
 
     def __call__(
         self,
@@ -57,40 +67,46 @@ class RewardFunction:
         Raises:
             RewardError: it raised, or gave the wrong number or kind of values.
         """
-        names = sorted(set().union(*columns)) if columns else []
-        by_name = {name: [row.get(name) for row in columns] for name in names}
+        with self._blamed():
+            found = self.function(*_arguments(prompts, completions), **as_lists(columns))
+            if inspect.isawaitable(found):
+                found = asyncio.run(_wait(found))
+        return checked(self.name, found, len(completions))
+
+    async def rewards(
+        self,
+        prompts: Sequence[tuple[Message, ...]],
+        completions: Sequence[str],
+        columns: Sequence[dict[str, object]],
+    ) -> NDArray[np.float32]:
+        """As `__call__`, in the event loop if the function is async, else in a thread of its own."""
+        call = functools.partial(self.function, *_arguments(prompts, completions), **as_lists(columns))
+        with self._blamed():
+            is_async = inspect.iscoroutinefunction(self.function)
+            found = call() if is_async else await asyncio.to_thread(call)
+            if inspect.isawaitable(found):
+                found = await found
+        return checked(self.name, found, len(completions))
+
+    async def score(self, samples: Samples) -> Values:
+        return Values(await self.rewards(samples.prompts, samples.completions, samples.rollouts.columns))
+
+    @contextmanager
+    def _blamed(self) -> Iterator[None]:
         try:
-            rewards = self.function([list(p) for p in prompts], list(completions), **by_name)
-            if inspect.isawaitable(rewards):
-                rewards = asyncio.run(_wait(rewards))
-        except Exception as error:
+            yield
+        except Exception as error:  # the person's own code, which may raise anything
             raise RewardError(f"reward '{self.name}' raised {type(error).__name__}: {error}") from error
-        return self._checked(rewards, len(completions))
 
-    def _checked(self, rewards: object, count: int) -> NDArray[np.float32]:
-        if not isinstance(rewards, Sequence | np.ndarray) or len(rewards) != count:
-            found = (
-                f"{len(rewards)} values"
-                if isinstance(rewards, Sequence | np.ndarray)
-                else type(rewards).__name__
-            )
-            raise RewardError(f"reward '{self.name}' returned {found} for {count} completions")
-        values = []
-        for reward in rewards:
-            if reward is None:
-                values.append(np.nan)
-                continue
-            try:
-                value = float(reward)
-            except (TypeError, ValueError) as error:
-                raise RewardError(
-                    f"reward '{self.name}' returned {reward!r}, not a number or None"
-                ) from error
-            if not np.isfinite(value):
-                raise RewardError(f"reward '{self.name}' returned {value}")
-            values.append(value)
-        return np.asarray(values, dtype=np.float32)
+    def close(self) -> None:
+        pass
 
 
-async def _wait(awaitable: object) -> object:
-    return await awaitable  # type: ignore[misc]
+def _arguments(
+    prompts: Sequence[tuple[Message, ...]], completions: Sequence[str]
+) -> tuple[list[list[Message]], list[str]]:
+    return [list(prompt) for prompt in prompts], list(completions)
+
+
+async def _wait(awaitable: Awaitable[object]) -> object:
+    return await awaitable

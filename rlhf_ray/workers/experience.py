@@ -65,10 +65,11 @@ class ExperienceWorker:
         old = rollouts.logprobs if old_logprobs is None else old_logprobs
         reference = old if judged.ref_logprobs is None else judged.ref_logprobs
         if self.section.normalize_rewards:
-            self.reward_scale.update(torch.tensor(judged.scores.total))
+            self.reward_scale.update(torch.tensor(judged.scores.total[judged.scores.is_valid]))
         shaped = self._shape(judged, old, reference, info.kl_coef)
-        found = self._advantages(rollouts, shaped.rewards, values, greedy)
-        is_trained = trained_mask(found)
+        found = self._advantages(judged, shaped.rewards, values, greedy)
+        is_valid = torch.from_numpy(judged.scores.is_valid[rollouts.responses.row_ids])
+        is_trained = trained_mask(found) & is_valid
         advantages = found.advantages
         if self.section.recipe.whiten_advantages:
             advantages = whiten(advantages, is_trained)
@@ -94,15 +95,19 @@ class ExperienceWorker:
         }
 
     def _advantages(
-        self, rollouts: Rollouts, rewards: torch.Tensor, values: Ragged | None, greedy: Judged | None
+        self, judged: Judged, rewards: torch.Tensor, values: Ragged | None, greedy: Judged | None
     ) -> Advantages:
+        rollouts, is_valid = judged.rollouts, judged.scores.is_valid
         if self.section.whiten_rewards:
-            rewards = whiten(rewards, torch.ones_like(rewards, dtype=torch.bool), shift_mean=False)
+            mask = torch.from_numpy(is_valid[rollouts.responses.row_ids])
+            rewards = whiten(rewards, mask, shift_mean=False)
+        # What could not be scored is compared with nothing: a group of its own.
+        groups = np.where(is_valid, rollouts.prompt_ids, -1 - np.arange(len(rollouts)))
         inputs = AdvantageInputs(
             rewards=rewards,
             values=torch.zeros_like(rewards) if values is None else torch.tensor(values.values),
             offsets=torch.from_numpy(rollouts.responses.offsets),
-            group_ids=torch.from_numpy(rollouts.prompt_ids),
+            group_ids=torch.from_numpy(groups),
             gamma=self.section.gamma,
             lam=self.section.lam,
             baseline=None if greedy is None else self._of_greedy(greedy, rollouts),
@@ -145,7 +150,7 @@ class ExperienceWorker:
 
     def num_informative(self, rollouts: Rollouts, scores: Scores) -> int:
         """Prompts whose answers did not all get the same reward."""
-        return int(has_signal(scores.total, rollouts.prompt_ids).sum())
+        return len(_informative(rollouts, scores))
 
     def select(self, num_prompts: int, *columns: Rollouts | Scores) -> tuple[Rollouts, Scores]:
         """The answers to so many of the prompts: first those that were told apart, in the order in which they
@@ -157,7 +162,7 @@ class ExperienceWorker:
         judged, _ = _joined(columns, len(columns) // 2)
         ids = judged.rollouts.prompt_ids
         order = list(dict.fromkeys(ids.tolist()))
-        informative = set(np.unique(ids)[has_signal(judged.scores.total, ids)].tolist())
+        informative = _informative(judged.rollouts, judged.scores)
         chosen = sorted(order, key=lambda prompt: prompt not in informative)[:num_prompts]
         rows = np.concatenate([np.flatnonzero(ids == prompt) for prompt in chosen])
         return judged.rollouts.select(rows), judged.scores.select(rows)
@@ -284,6 +289,12 @@ def _joined(columns: Sequence[Rollouts | Scores | Ragged], num_chunks: int) -> t
     return parts[0], parts[1] if len(parts) > 1 else None
 
 
+def _informative(rollouts: Rollouts, scores: Scores) -> set[int]:
+    """Ids of the prompts whose answers, as far as they could be scored, did not all get the same reward."""
+    ids = rollouts.prompt_ids[scores.is_valid]
+    return set(np.unique(ids)[has_signal(scores.total[scores.is_valid], ids)].tolist())
+
+
 def _check_version(rollouts: Rollouts, info: StepInfo) -> None:
     found = np.unique(rollouts.versions.values)
     if not np.array_equal(found, [info.version]):
@@ -300,7 +311,10 @@ def _kl_metrics(batch: RLBatch) -> Metrics:
 
 def _part_metrics(scores: Scores) -> Metrics:
     """Of each source over the samples that it has something to say about; nothing where there are none."""
-    metrics: Metrics = {}
+    metrics: Metrics = dict(scores.events)
+    for name, spread in scores.spreads.items():
+        if not np.isnan(spread).all():
+            metrics[f"reward/{name}/spread"] = float(np.nanmean(spread))
     for name, part in scores.parts.items():
         known = part[~np.isnan(part)]
         if len(known):

@@ -1,28 +1,19 @@
-"""Models that are only read: the reference of the KL penalty, and the reward sources."""
+"""Models that are only read: the reference of the KL penalty, and reward models."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_ray.config.schema import FunctionReward, ModelSection, Reward, TrainingSection
-from rlhf_ray.data.chat import ChatFormatter
-from rlhf_ray.errors import RewardError
-from rlhf_ray.models.batching import TokenBatch, before_responses, last_positions, plan_micro_batches
-from rlhf_ray.models.heads import PolicyModel, ScalarModel
+from rlhf_ray.config.schema import ModelSection, TrainingSection
+from rlhf_ray.models.batching import TokenBatch, before_responses, plan_micro_batches
+from rlhf_ray.models.heads import PolicyModel
 from rlhf_ray.models.inference import forward_rows, in_row_order
-from rlhf_ray.models.loading import (
-    eos_token_ids,
-    load_policy_model,
-    load_scalar_model,
-    load_tokenizer,
-)
-from rlhf_ray.rewards.functions import RewardFunction
-from rlhf_ray.types import Ragged, Rollouts, Scores
+from rlhf_ray.models.loading import load_policy_model
+from rlhf_ray.types import Ragged, Rollouts
 
 
 class FrozenModel:
@@ -66,71 +57,3 @@ class ReferenceWorker:
         sequences = rollouts.sequences
         is_source = before_responses(rollouts.prompts.lengths, sequences)
         return self.model.forward_all(sequences, is_source, temperature=temperature)
-
-
-class RewardWorker:
-    """All reward sources of a stage, and their weighted sum.
-
-    Args:
-        sources: each with, for a source of type `model`, the section of its reward model.
-    """
-
-    def __init__(
-        self,
-        policy: ModelSection,
-        sources: Sequence[tuple[Reward, ModelSection | None]],
-        training: TrainingSection,
-        device: torch.device,
-        threads: int,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self.tokenizer = load_tokenizer(policy)
-        # The formatter that wrote the pairs which the reward model was trained on.
-        self.eos = ChatFormatter(self.tokenizer, eos_token_ids(policy, self.tokenizer)).eos_token_id
-        self.sources: list[tuple[Reward, FrozenModel | RewardFunction]] = []
-        for source, model in sources:
-            if isinstance(source, FunctionReward):
-                self.sources.append((source, RewardFunction(source.name, source.function)))
-            else:
-                assert model is not None
-                module = ScalarModel(load_scalar_model(model, seed=0))
-                self.sources.append((source, FrozenModel(module, training, device)))
-
-    def score(self, rollouts: Rollouts) -> Scores:
-        """
-        Raises:
-            RewardError: a function raised, or returned the wrong number or kind of values; a model's score is
-                not finite.
-        """
-        parts = {
-            source.name: self._evaluate(source.name, scorer, rollouts) for source, scorer in self.sources
-        }
-        # NaN stands for "does not apply": it adds nothing to the total.
-        total = sum(
-            source.weight * np.nan_to_num(parts[source.name]) for source, _ in self.sources if source.weight
-        )
-        return Scores(np.asarray(total, dtype=np.float32), parts)
-
-    def _evaluate(
-        self, name: str, scorer: FrozenModel | RewardFunction, rollouts: Rollouts
-    ) -> NDArray[np.float32]:
-        if isinstance(scorer, RewardFunction):
-            completions = self.tokenizer.batch_decode(
-                [r.tolist() for r in rollouts.responses], skip_special_tokens=True
-            )
-            return scorer(rollouts.messages, completions, rollouts.columns)
-        # The very ids that were sampled. The reward model has only seen answers that end in EOS, so one that
-        # the length limit cut gets it too; being cut is punished apart (missing_eos_penalty).
-        ended = [
-            r if finished else np.append(r, self.eos)
-            for r, finished in zip(rollouts.responses, rollouts.finished, strict=True)
-        ]
-        sequences = Ragged.join(rollouts.prompts, Ragged.from_rows(ended, np.int32))
-        scores = scorer.forward_all(sequences, last_positions(sequences)).values.astype(np.float32)
-        if not np.isfinite(scores).all():
-            row = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise RewardError(
-                f"reward '{name}': the model's score of sample {rollouts.sample_ids[row]} of prompt "
-                f"{rollouts.prompt_ids[row]} is {scores[row]}"
-            )
-        return scores

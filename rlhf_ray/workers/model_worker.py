@@ -114,7 +114,8 @@ class ModelWorker:
 
     def _accumulate(self, objective: Objective[BatchT], batch: BatchT) -> MetricSums:
         """Forward and backward over this rank's micro-batches of one optimizer step."""
-        denominator = objective.denominator(batch)
+        # Where rewards failed, nothing of a batch may be trained on; its sum is 0, and must not become NaN.
+        denominator = objective.denominator(batch) or 1.0
         sums = []
         for rows in self._my_micro_batches(objective.lengths(batch)):
             with self.engine.autocast():

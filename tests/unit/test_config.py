@@ -175,19 +175,24 @@ def test_one_mistake_in_a_file(in_folder: Path, added: str, message: str) -> Non
     assert mistakes(written(ONLINE + added + "\n"))[0] == message
 
 
+REWARD_TYPES = (
+    "ensemble, exact_match, format, function, http, judge, length, math, model, reasoning_gym or regex"
+)
+
+
 @pytest.mark.parametrize(
     ("rewards", "messages"),
     [
         ("[]", ["online.rewards=[]: must be a list with at least 1 entry"]),
-        ("[{type: modl}]", ["online.rewards.0.type=modl: must be function or model; did you mean model?"]),
-        ("[{name: a}]", ["online.rewards.0.type: missing; give function or model"]),
-        ("[7]", ["online.rewards.0=7: must be a section with type function or model, not a number"]),
+        ("[{type: modl}]", [f"online.rewards.0.type=modl: must be {REWARD_TYPES}; did you mean model?"]),
+        ("[{name: a}]", [f"online.rewards.0.type: missing; give {REWARD_TYPES}"]),
+        ("[7]", [f"online.rewards.0=7: must be a section with type {REWARD_TYPES}, not a number"]),
         (
             "[{type: function, weight: high}]",
             [
                 "online.rewards.0.name: missing; give text",
-                "online.rewards.0.function: missing; give text",
                 "online.rewards.0.weight=high: must be a number, not text",
+                "online.rewards.0.function: missing; give text",
             ],
         ),
         (

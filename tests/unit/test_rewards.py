@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 
 import numpy as np
@@ -39,6 +40,12 @@ def test_async_function_gets_the_datasets_columns() -> None:
     with pytest.raises(RewardError, match=r"'right' raised TypeError.*level"):
         function(PROMPTS, COMPLETIONS, columns)
     assert function(PROMPTS, COMPLETIONS, [{"answer": "ok"}, {"answer": "video"}]).tolist() == [1.0, 0.0]
+
+
+def test_a_function_may_run_an_event_loop_of_its_own() -> None:
+    function = RewardFunction("mine", "tests.slow_rewards:has_its_own_loop")
+    assert function(PROMPTS, COMPLETIONS, [{}, {}]).tolist() == [2.0, 5.0]
+    assert asyncio.run(function.rewards(PROMPTS, COMPLETIONS, [{}, {}])).tolist() == [2.0, 5.0]
 
 
 def test_none_says_nothing() -> None:

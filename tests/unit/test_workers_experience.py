@@ -229,6 +229,20 @@ def test_a_source_without_any_value_has_no_metrics(model: ModelSection, tmp_path
     assert np.isfinite(list(metrics.values())).all()
 
 
+def test_samples_that_a_source_failed_on_are_not_trained_on(model: ModelSection, tmp_path: Path) -> None:
+    failed = Scores(
+        SCORES.total,
+        SCORES.parts,
+        is_valid=np.array([False, True]),
+        spreads={"gold": np.array([0.5, np.nan], np.float32)},
+        events={"reward/gold/failures": 1.0},
+    )
+    batch, metrics = prepare(worker(model, tmp_path, online_section()), scores=failed)
+    assert batch.is_trained.values.tolist() == [False, False, True]
+    assert metrics["reward/gold/failures"] == 1.0
+    assert metrics["reward/gold/spread"] == 0.5
+
+
 def test_groups_without_signal_are_counted(model: ModelSection, tmp_path: Path) -> None:
     rollouts, _, ref, old, values = random_parts()
     scores = Scores(np.array([1, 1, 0, 2, 3, 3], np.float32), {})

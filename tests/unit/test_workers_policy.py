@@ -81,6 +81,19 @@ def random_advantages(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(len(ROLLOUTS.responses.values)).astype(np.float32)
 
 
+def test_a_batch_of_which_nothing_is_trained_on_changes_nothing(model: ModelSection) -> None:
+    """As when a reward source failed on all of it."""
+    worker = policy_worker(model, online_section())
+    before = weights_of(worker)
+    old = worker.logprobs(ROLLOUTS)
+    batch = rl_batch(ROLLOUTS, old, old, random_advantages())
+    masked = replace(batch, is_trained=old.with_values(np.zeros(len(old.values), dtype=bool)))
+    metrics = worker.train_rl(masked, step=0, kl_coef=0.0)
+    assert np.isfinite(list(metrics.values())).all()
+    for name, weight in weights_of(worker).items():
+        np.testing.assert_array_equal(weight, before[name], err_msg=name)
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_logprobs_are_divided_by_the_temperature_once(model: ModelSection, packing: bool) -> None:
     """By the policy and by the reference; a chunk more or less changes nothing."""

@@ -22,9 +22,9 @@ from rlhf_ray.models.loading import (
     save_model_folder,
 )
 from rlhf_ray.types import Ragged, Rollouts
-from rlhf_ray.workers.frozen import RewardWorker
+from rlhf_ray.workers.rewards import RewardWorker
 from rlhf_ray.workers.scalar import RewardTrainerWorker
-from tests.local_roles import CPU, rollouts_of
+from tests.local_roles import reward_worker, rollouts_of
 from tests.ranks import EXACT, worker_spec
 from tests.tiny import tiny_model_folder, tiny_tokenizer
 
@@ -51,7 +51,7 @@ def function(name: str, weight: float = 1.0) -> tuple[Reward, None]:
 
 
 def worker(model: ModelSection, *sources: tuple[Reward, ModelSection | None]) -> RewardWorker:
-    return RewardWorker(model, sources, EXACT, CPU, threads=1)
+    return reward_worker(model, sources)
 
 
 def texts(*answers: str) -> Rollouts:
@@ -147,7 +147,7 @@ def test_a_cut_answer_is_ended_as_the_template_ends_answers(
 def test_a_score_that_is_not_finite_names_the_sample(model: ModelSection, reward_model: ModelSection) -> None:
     """It must not pass for "does not apply"."""
     broken = worker(model, model_source(reward_model))
-    module = broken.sources[0][1].module.model  # type: ignore[union-attr]
+    module = broken.sources["proxy"].source.model.module.model  # type: ignore[attr-defined]
     with torch.no_grad():
         module.model.embed_tokens.weight[45] = float("nan")
     rollouts = rollouts_of([[1, 30]] * 2, [[40, 2], [45, 2]], prompt_ids=[7, 8])
@@ -163,7 +163,7 @@ def test_long_batches_score_alike(model: ModelSection, reward_model: ModelSectio
     ]
     rollouts = rollouts_of([[1, 30]] * 30, responses)
     small = EXACT.model_copy(update={"tokens_per_micro_batch": 64})
-    scores = RewardWorker(model, [model_source(reward_model)], small, CPU, threads=1).score(rollouts)
+    scores = reward_worker(model, [model_source(reward_model)], small).score(rollouts)
     expected = [slow_score(reward_model, [1, 30, *row]) for row in responses]
     np.testing.assert_allclose(scores.total, expected, rtol=1e-4, atol=1e-5)
     assert isinstance(rollouts.sequences, Ragged)

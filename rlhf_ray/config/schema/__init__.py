@@ -45,7 +45,21 @@ from rlhf_ray.config.schema.preferences import (
     PreferencesSection,
     SimulatedAnnotator,
 )
-from rlhf_ray.config.schema.rewards import FunctionReward, ModelReward, Reward
+from rlhf_ray.config.schema.rewards import (
+    EnsembleReward,
+    ExactMatchReward,
+    FormatReward,
+    FunctionReward,
+    HttpReward,
+    JudgeReward,
+    LengthReward,
+    MathReward,
+    ModelReward,
+    ReasoningGymReward,
+    RegexReward,
+    Reward,
+    TextVerifier,
+)
 from rlhf_ray.config.schema.run import STAGES, RunConfig, StageName
 from rlhf_ray.config.schema.supervised import RewardSection, SFTSection
 
@@ -63,11 +77,18 @@ __all__ = [
     "ConstitutionSection",
     "DatasetSection",
     "EngineSection",
+    "EnsembleReward",
+    "ExactMatchReward",
     "FileAnnotator",
+    "FormatReward",
     "Fraction",
     "FunctionReward",
+    "HttpReward",
+    "JudgeReward",
+    "LengthReward",
     "LoggingSection",
     "LoraSection",
+    "MathReward",
     "ModelReward",
     "ModelSection",
     "NonNegative",
@@ -76,7 +97,9 @@ __all__ = [
     "PlacementSection",
     "Positive",
     "PreferencesSection",
+    "ReasoningGymReward",
     "Recipe",
+    "RegexReward",
     "Reward",
     "RewardSection",
     "RoleSection",
@@ -87,6 +110,7 @@ __all__ = [
     "SingleRoleSection",
     "StageName",
     "SyncSection",
+    "TextVerifier",
     "TrainingSection",
     "WandbSection",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 EMBEDDED_TEMPLATE = "embedded:chatml"
@@ -32,8 +32,11 @@ class ModelSection(Section):
 
 
 class DatasetSection(Section):
-    """path: a JSONL, JSON, CSV or Parquet file (also .gz), a hub name, or
-    `embedded:prompts|demonstrations|red-team`."""
+    """
+    path: a JSONL, JSON, CSV or Parquet file (also .gz), a hub name, `embedded:NAME` (prompts, demonstrations,
+    red-team), or `reasoning_gym:TASK`: questions made by that task with its `options`, as many as `limit`
+    says (by default 1000), whose answers the reward `reasoning_gym` scores.
+    """
 
     path: str
     split: str = "train"
@@ -41,6 +44,8 @@ class DatasetSection(Section):
     limit: Positive | None = Field(
         None, description="use only the first rows, after shuffling by the run's seed"
     )
+    options: dict[str, JsonValue] = Field({}, description="of the reasoning_gym task")
+    prompt_suffix: str | None = Field(None, description="put after every question of the reasoning_gym task")
 
 
 class OptimizerSection(Section):

@@ -85,6 +85,7 @@ class PlacementSection(Section):
     critic: RoleSection = RoleSection()
     reference: SingleRoleSection = SingleRoleSection()
     reward: SingleRoleSection = SingleRoleSection()
+    judge: SingleRoleSection = SingleRoleSection()
     engine: RoleSection = RoleSection()
     feedback: RoleSection = RoleSection()
 

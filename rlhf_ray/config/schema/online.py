@@ -26,7 +26,7 @@ from rlhf_ray.config.schema.base import (
     Positive,
     Section,
 )
-from rlhf_ray.config.schema.rewards import Reward
+from rlhf_ray.config.schema.rewards import Reward, judge_mistakes
 
 
 class OnlineSection(Section):
@@ -144,6 +144,8 @@ class OnlineSection(Section):
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
             mistakes.append(f"rewards: names must differ, these do not: {', '.join(names)}")
+        mistakes += judge_mistakes(self.rewards)
+        mistakes += judge_mistakes(self.rewards)
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
@@ -196,9 +198,10 @@ class OnlineSection(Section):
         if not self.uses_critic:  # comparing algorithms is changing one line, whatever is said of a critic
             return []
         mistakes = []
-        if self.critic_init == "reward" and not any(r.type == "model" for r in self.rewards):
+        if self.critic_init == "reward" and not any(r.type in ("model", "ensemble") for r in self.rewards):
             mistakes.append(
-                "critic_init=reward: none of the rewards is of type model; use critic_init: policy"
+                "critic_init=reward: none of the rewards is of type model or ensemble; "
+                "use critic_init: policy"
             )
         if self.critic_warmup_steps >= self.num_steps:
             mistakes.append(

@@ -1,0 +1,200 @@
+"""All reward sources of a stage, in the reward actor; and the judge, in an actor of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import SecretStr
+
+from rlhf_ray.config.schema import (
+    EngineSection,
+    EnsembleReward,
+    FunctionReward,
+    HttpReward,
+    JudgeReward,
+    LengthReward,
+    ModelReward,
+    ModelSection,
+    Reward,
+    TextVerifier,
+    TrainingSection,
+)
+from rlhf_ray.data.chat import ChatFormatter
+from rlhf_ray.engines.generation import TokenGenerator
+from rlhf_ray.models.loading import eos_token_ids, load_tokenizer, max_model_length
+from rlhf_ray.rewards.child import ChildFunction
+from rlhf_ray.rewards.failures import GuardedSource, Outcome, all_of
+from rlhf_ray.rewards.functions import RewardFunction
+from rlhf_ray.rewards.judge import JudgeSource
+from rlhf_ray.rewards.models import EnsembleSource, ModelSource
+from rlhf_ray.rewards.remote import HttpSource
+from rlhf_ray.rewards.source import RewardSource, Samples, Values
+from rlhf_ray.rewards.verifiers import LengthSource, text_verifier
+from rlhf_ray.types import Metrics, Rollouts, Scores
+
+Judged = Mapping[str, Outcome]
+"""Name of a judge -> what it said."""
+
+
+class _Sources:
+    """Guarded sources that are asked about the same samples at the same time, in one event loop."""
+
+    def __init__(self, policy: ModelSection) -> None:
+        self.tokenizer = load_tokenizer(policy)
+        self.sources: dict[str, GuardedSource] = {}
+        # One loop for all calls: what an async function keeps open lives on.
+        self.runner = asyncio.Runner()
+
+    def ask(self, rollouts: Rollouts) -> dict[str, Outcome]:
+        ids = [row.tolist() for row in rollouts.responses]
+        completions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        samples = Samples(tuple(completions), rollouts)
+        outcomes = self.runner.run(all_of(source.score(samples) for source in self.sources.values()))
+        return dict(zip(self.sources, outcomes, strict=True))
+
+    def close(self) -> None:
+        for guarded in self.sources.values():
+            guarded.source.close()
+        self.runner.close()
+
+
+class RewardWorker(_Sources):
+    """Every source but the judges, and the weighted sum of all.
+
+    Args:
+        sources: each with the reward models of those that have some.
+        tokens: name of a source -> bearer token.
+    """
+
+    def __init__(
+        self,
+        policy: ModelSection,
+        sources: Sequence[tuple[Reward, tuple[ModelSection, ...]]],
+        training: TrainingSection,
+        device: torch.device,
+        threads: int,
+        tokens: Mapping[str, SecretStr],
+    ) -> None:
+        super().__init__(policy)
+        torch.set_num_threads(threads)
+        self.sections = [section for section, _ in sources]
+        turn = asyncio.Lock()
+        for section, models in sources:
+            members = [ModelSource(section.name, m, policy, training, device, turn) for m in models]
+            if not isinstance(section, JudgeReward):
+                source = _source(section, members, tokens.get(section.name))
+                size = section.batch_size if isinstance(section, HttpReward) else None
+                self.sources[section.name] = GuardedSource(section, source, size)
+
+    def score(self, rollouts: Rollouts, judged: Judged | None = None) -> Scores:
+        """
+        Args:
+            judged: what the judges say of the same rollouts.
+
+        Raises:
+            RewardError: a source failed whose failures are not to be masked.
+            ConfigError: a server refuses to be asked.
+        """
+        outcomes = {**self.ask(rollouts), **(judged or {})}
+        trained = [section for section in self.sections if section.weight]
+        rewards = {section.name: outcomes[section.name].values.rewards for section in self.sections}
+        # NaN stands for "does not apply": it adds nothing to the total.
+        total = sum(section.weight * np.nan_to_num(rewards[section.name]) for section in trained)
+        failed = np.any([outcomes[section.name].failed for section in trained], axis=0)
+        return Scores(
+            total=np.asarray(total, dtype=np.float32),
+            parts=rewards,
+            is_valid=~failed,
+            spreads={
+                section.name: _spread(outcomes[section.name].values)
+                for section in self.sections
+                if isinstance(section, EnsembleReward)
+            },
+            events=self._events(outcomes),
+        )
+
+    def _events(self, outcomes: Mapping[str, Outcome]) -> Metrics:
+        """Samples that a source failed on, and calls that were repeated; of sources that may survive that."""
+        events: Metrics = {}
+        for section in self.sections:
+            if section.on_error != "raise":
+                outcome = outcomes[section.name]
+                events[f"reward/{section.name}/failures"] = float(outcome.failed.sum())
+                events[f"reward/{section.name}/retries"] = float(outcome.num_retries)
+        return events
+
+
+def _spread(values: Values) -> NDArray[np.float32]:
+    """NaN where the ensemble failed."""
+    return np.full_like(values.rewards, np.nan) if values.spread is None else values.spread
+
+
+def _source(section: Reward, models: Sequence[ModelSource], token: SecretStr | None) -> RewardSource:
+    match section:
+        case ModelReward():
+            return models[0]
+        case EnsembleReward():
+            return EnsembleSource(section, models)
+        case HttpReward():
+            return HttpSource(section, token)
+        case LengthReward():
+            return LengthSource(section)
+        case JudgeReward():
+            raise AssertionError("a judge lives in an actor of its own")
+        case FunctionReward():
+            function: str | TextVerifier = section.function
+        case _:
+            function = section
+    if section.timeout is not None:
+        return ChildFunction(section.name, function, section.timeout)
+    return RewardFunction(section.name, function if isinstance(function, str) else text_verifier(function))
+
+
+class JudgeWorker(_Sources):
+    """All judges of a stage, on one engine.
+
+    Args:
+        sections: with the templates themselves, not their files' names.
+        policy: whose tokens the rollouts are. model: that judges.
+    """
+
+    def __init__(
+        self,
+        sections: Sequence[JudgeReward],
+        policy: ModelSection,
+        model: ModelSection,
+        engine: EngineSection,
+        threads: int,
+    ) -> None:
+        super().__init__(policy)
+        tokenizer = load_tokenizer(model)
+        formatter = ChatFormatter(tokenizer, eos_token_ids(model, tokenizer))
+        room = min(max(section.max_length for section in sections), max_model_length(model))
+        self.engine = _engine(model, engine, room, threads)
+        for section in sections:
+            # vLLM samples one token after those that it is asked about.
+            length = min(section.max_length, room - 1)
+            judge = JudgeSource(section, self.engine.token_logprobs, formatter, tokenizer, length)
+            self.sources[section.name] = GuardedSource(section, judge)
+
+    def score(self, rollouts: Rollouts) -> Judged:
+        """
+        Raises:
+            RewardError: a judge failed whose failures are not to be masked.
+        """
+        return self.ask(rollouts)
+
+
+def _engine(model: ModelSection, section: EngineSection, max_model_len: int, threads: int) -> TokenGenerator:
+    # Each brings in its own heavy library.
+    if section.backend == "vllm":
+        from rlhf_ray.engines.vllm_generator import VLLMGenerator
+
+        return VLLMGenerator(model.path, section, max_model_len, threads=threads, seed=0, version=0)
+    from rlhf_ray.engines.hf_generator import HFGenerator
+
+    return HFGenerator(model.path, section, max_model_len, threads=threads, version=0)
