@@ -35,6 +35,26 @@ def sequences() -> Ragged:
     return Ragged.from_rows(rows, np.int32)
 
 
+@pytest.mark.parametrize("entropy_has_grad", [False, True])
+def test_a_frozen_head_passes_the_same_gradient_on(entropy_has_grad: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = nn.Linear(6, 40)
+    hidden, weights = torch.randn(10, 6, generator=generator), torch.randn(2, 10, generator=generator)
+    targets = torch.randint(40, (10,), generator=generator)
+
+    def gradient() -> torch.Tensor:
+        leaf = hidden.clone().requires_grad_()
+        stats = token_stats(head, leaf, targets, TEMPERATURE, 3, entropy_has_grad)
+        assert stats.entropy.requires_grad is entropy_has_grad
+        (weights[0] * stats.logprobs + weights[1] * stats.entropy).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    expected = gradient()
+    head.requires_grad_(False)
+    assert torch.equal(gradient(), expected)
+
+
 @pytest.mark.parametrize("num_chunks", [1, 3, 10, 50])
 @pytest.mark.parametrize("temperature", [1.0, TEMPERATURE])
 def test_token_stats_against_full_logits(num_chunks: int, temperature: float) -> None:

@@ -45,15 +45,16 @@ from tests.tiny import tiny_model_folder
 from tests.unit.test_deepspeed_engine import batch, distance, first_moments
 
 STAGES = [0, 1, 2, 3]
-LORA = LoraSection(rank=4, alpha=8)
-RATE = OptimizerSection(learning_rate=1e-2, max_grad_norm=1e6)
+LORA = LoraSection(rank=96, alpha=96)
+"""Of so high a rank, and in so wide a model, that ZeRO-3 keeps no matrix whole."""
+RATE = OptimizerSection(learning_rate=2e-3, max_grad_norm=1e6)
 BATCHES = (batch(0), batch(1))
 Arrays = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSection:
-    return ModelSection(path=str(tiny_model_folder(tmp_path_factory.mktemp("tiny"))))
+    return ModelSection(path=str(tiny_model_folder(tmp_path_factory.mktemp("tiny"), hidden=128)))
 
 
 def training(zero_stage: int, lora: LoraSection = LORA, **options: object) -> TrainingSection:
@@ -136,10 +137,11 @@ def by_worker(trained: PolicyWorker) -> tuple[Arrays, Arrays, Arrays]:
 def assert_same_training(
     found: tuple[Arrays, Arrays, Arrays], expected: tuple[Arrays, Arrays, Arrays]
 ) -> None:
-    # Two steps: at the first, B is zero and A has no gradient.
-    assert distance(found[0], expected[0]) < 1e-5
-    assert distance(found[1], expected[1]) < 1e-5
-    assert distance(found[2], expected[2]) < 2e-6
+    # Two steps: at the first B is zero, and A has no gradient. Adam's first step is nearly the sign of
+    # the gradient, and makes much of the rounding of small ones.
+    assert distance(found[0], expected[0]) < 1e-3
+    assert distance(found[1], expected[1]) < 1e-3
+    assert distance(found[2], expected[2]) < 2e-5
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
@@ -167,7 +169,7 @@ def test_two_ranks_train_as_peft_does(model: ModelSection, tmp_path: Path) -> No
     expected = by_peft(model, adapters_of(worker(model, training(0))))
     for first, second in zip(*ranks, strict=True):
         assert_same_training(first, expected)
-        assert distance(second[0], expected[0]) < 1e-5
+        assert distance(second[0], expected[0]) < 1e-3
 
 
 def test_weight_decay_takes_adapters_alone(model: ModelSection) -> None:
@@ -203,7 +205,7 @@ def test_a_resumed_update_is_the_same_to_the_last_bit(
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_a_state_holds_what_is_trained_and_not_the_frozen_model(tmp_path: Path, zero_stage: int) -> None:
     wide = ModelSection(path=str(tiny_model_folder(tmp_path / "model", tied=False)))
-    trained = worker(wide, training(zero_stage))
+    trained = worker(wide, training(zero_stage, LoraSection(rank=4)))
     trained.train_sft(batch(0))
     trained.save_state(tmp_path / "state")
     size = sum(path.stat().st_size for path in (tmp_path / "state" / "state").iterdir())
@@ -214,8 +216,8 @@ def test_a_state_holds_what_is_trained_and_not_the_frozen_model(tmp_path: Path, 
 
 def test_a_state_of_other_adapters_is_refused(model: ModelSection, tmp_path: Path) -> None:
     worker(model, training(1)).save_state(tmp_path)
-    for lora in (LoraSection(rank=4, alpha=16), None):
-        with pytest.raises(CheckpointError, match=r"training\.lora=.*'alpha': 8.*of the first run"):
+    for lora in (LoraSection(rank=96, alpha=16), None):
+        with pytest.raises(CheckpointError, match=r"training\.lora=.*'alpha': 96.*of the first run"):
             worker(model, training(1, lora)).load_state(tmp_path)
 
 
@@ -275,7 +277,7 @@ def test_the_folders_hold_the_trained_reward_model_with_its_head(model: ModelSec
 def online_loop(
     model: ModelSection, folder: Path, section: TrainingSection, progress: Progress | None = None
 ) -> OnlineLoop:
-    online = online_section(optimizer={"learning_rate": 1e-2}, num_ppo_epochs=2, kl_target=1.0)
+    online = online_section(optimizer={"learning_rate": 2e-3}, kl_target=1.0)
     run = stage_run(folder, progress, every=1)
     rewards = [(each, None) for each in online.rewards]
     return OnlineLoop(
@@ -305,7 +307,7 @@ def test_the_policy_is_its_own_reference_in_ppo(
     train(online_loop(model, tmp_path, training(zero_stage, precision=precision)))
     first, *later = logged(tmp_path)
     assert first["kl/per_token"] == 0.0 and first["kl/per_sequence"] == 0.0
-    assert first["policy/ratio"] == pytest.approx(1.0, abs=0.05)
+    assert first["policy/ratio"] == pytest.approx(1.0, abs=1e-2)
     assert all(abs(float(row["kl/per_sequence"])) > 0.01 for row in later)
     # The engine follows: what it says of its own samples is what the trainer says.
     limit = 1e-4 if precision == "float32" else 0.2
@@ -326,7 +328,7 @@ def test_memory_is_asked_for_what_is_trained(model: ModelSection) -> None:
     """Gradients take 4 bytes and, at ZeRO 1, the optimizer 12 bytes, a trained parameter."""
     size = model_size(model)
     everything = trained_memory(size, training(1, lora=None), ranks=1)
-    trained = LORA.rank * 2 * (2 * 192 + 2 * 128 + 3 * 192)
+    trained = LORA.rank * 2 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 256))
     assert everything - trained_memory(size, training(1), ranks=1) == 16 * (size.parameters - trained)
     only_v = LoraSection(rank=2, target_modules=("v_proj",))
-    assert size.trained(training(1, only_v)) == 2 * 2 * (64 + 64)
+    assert size.trained(training(1, only_v)) == 2 * 2 * (128 + 64)
