@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -64,5 +65,12 @@ def rlhf_ray(workplace: Path) -> CommandLine:
 @pytest.fixture(scope="session")
 def trl_process() -> Iterator[Executor]:
     """A process that may import TRL, and with it vLLM and Ray; one, since the import takes long."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_forget_ranks) as executor:
         yield executor
+
+
+def _forget_ranks() -> None:
+    """Engines of other tests leave these behind, and TRL would start a process group of its own by them."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)

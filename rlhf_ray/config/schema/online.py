@@ -153,11 +153,12 @@ class OnlineSection(Section):
     def _algorithm_mistakes(self) -> list[str]:
         mistakes = []
         needed = 1 if self.advantage_function else MIN_GENERATIONS[self.algorithm]
-        if self.recipe.dynamic_sampling:
-            needed = max(needed, 2)
+        by: str = self.algorithm
+        if self.recipe.dynamic_sampling and needed < 2:
+            needed, by = 2, "dynamic_sampling"
         if self.num_generations < needed:
             mistakes.append(
-                f"num_generations={self.num_generations}: {self.algorithm} compares the answers to a prompt "
+                f"num_generations={self.num_generations}: {by} compares the answers to a prompt "
                 f"and needs at least {needed}"
             )
         if self.algorithm == "remax" and self.recipe.dynamic_sampling:
