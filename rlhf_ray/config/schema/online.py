@@ -166,10 +166,20 @@ class OnlineSection(Section):
                 "dynamic_sampling: remax compares each answer with the greedy one and learns from every "
                 "prompt; leave it out"
             )
-        if not self.recompute_old_logprobs and self.importance_correction == "none":
+        if self.algorithm == "raft" and not self.recompute_old_logprobs:
+            mistakes.append(
+                "recompute_old_logprobs=false: the loss of raft has no ratio that could stand for the "
+                "correction; leave it out"
+            )
+        elif not self.recompute_old_logprobs and self.importance_correction == "none":
             mistakes.append(
                 "recompute_old_logprobs=false: without the trainer's own log-probs the difference between "
                 "sampler and trainer has to be bounded; set importance_correction, token_truncate for example"
+            )
+        if self.whiten_rewards and not self.uses_critic:
+            mistakes.append(
+                "whiten_rewards: what it adds grows with the length of the answer, and without a critic "
+                "answers are compared; leave it out, or use whiten_advantages"
             )
         if self.kl_target is not None and self.recipe.kl_coef == 0:
             mistakes.append("kl_target: kl_coef is 0, and would stay so; give kl_coef a value to start from")
