@@ -12,13 +12,15 @@ from actors.calls import Remote
 from actors.group import ActorGroup
 from rlhf_ray.config.schema import SyncSection
 from rlhf_ray.reporting.evaluation import EvalRecord
-from rlhf_ray.roles import Done, Pending, ScoredChunk
+from rlhf_ray.roles import Done, Pending, Referenced, ScoredChunk
 from rlhf_ray.types import (
     JudgedPair,
+    LabelledAnswers,
     Metrics,
     PairBatch,
     Prompts,
     Ragged,
+    ReferencedPairs,
     RLBatch,
     Rollouts,
     SamplingSpec,
@@ -61,6 +63,14 @@ class RemoteReference:
 
     def logprobs(self, rollouts: Pending[Rollouts], temperature: float) -> Pending[Ragged]:
         return cast(Pending[Ragged], self.group.call("logprobs", rollouts, temperature, kind="reference"))
+
+
+class RemotePreferenceReference:
+    def __init__(self, group: ActorGroup) -> None:
+        self.group = group
+
+    def answer(self, batch: Pending[Referenced]) -> Pending[Referenced]:
+        return cast(Pending[Referenced], self.group.call("answer", batch, kind="reference"))
 
 
 class RemoteTrained:
@@ -144,6 +154,20 @@ class RemoteRewardTrainer(RemoteTrained):
 
     def score_pairs(self, batch: Pending[PairBatch]) -> Pending[tuple[Ragged, Ragged]]:
         return cast(Pending[tuple[Ragged, Ragged]], self.group.call("score_pairs", batch))
+
+
+class RemotePreferenceTrainer(RemoteTrained):
+    def train_pairs(self, batch: Pending[ReferencedPairs]) -> Pending[Metrics]:
+        return cast(Pending[Metrics], self.group.call("train_pairs", batch, kind="train_policy"))
+
+    def train_answers(self, batch: Pending[LabelledAnswers]) -> Pending[Metrics]:
+        return cast(Pending[Metrics], self.group.call("train_answers", batch, kind="train_policy"))
+
+    def score_pairs(self, batch: Pending[ReferencedPairs]) -> Pending[tuple[Ragged, Ragged]]:
+        return cast(Pending[tuple[Ragged, Ragged]], self.group.call("score_pairs", batch))
+
+    def score_answers(self, batch: Pending[LabelledAnswers]) -> Pending[Ragged]:
+        return cast(Pending[Ragged], self.group.call("score_answers", batch))
 
 
 class RemoteAnnotators:

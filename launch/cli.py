@@ -224,21 +224,24 @@ def _described(config: RunConfig) -> list[str]:
     Raises:
         DataError: a row of a dataset cannot be read.
     """
-    count = len(config.stages)
-    lines = [f"OK: {_many(count, 'stage')}: {', '.join(config.stages)}"]
+    from rlhf_ray.config.schema import turn_names
+
+    names = turn_names(config.stages)
+    lines = [f"OK: {_many(len(names), 'stage')}: {', '.join(names)}"]
+    width = max(11, *map(len, names)) + 1
     made = ""
-    for stage in config.stages:
+    for name, stage in zip(names, config.stages, strict=True):
         section = getattr(config, stage)
         model = section.model.path if section.model else made or config.model.path
         parts = [f"model {model}"]
         if section.dataset is not None:
             parts.append(_counted(section.dataset, config.seed))
-        elif stage == "reward":
+        elif stage in ("reward", "preference"):
             parts.append("pairs that preferences collects")
-        lines.append(f"  {stage:<12}{'; '.join([*parts, *_amount(config, stage)])}")
-        if stage in ("sft", "online"):
-            made = f"that {stage} makes"
-    return [*lines, f"  {'output_dir':<12}{config.output_dir}"]
+        lines.append(f"  {name:<{width}}{'; '.join([*parts, *_amount(config, stage)])}")
+        if stage in ("sft", "preference", "online"):
+            made = f"that {name} makes"
+    return [*lines, f"  {'output_dir':<{width}}{config.output_dir}"]
 
 
 def _counted(dataset: DatasetSection, seed: int) -> str:
@@ -262,7 +265,7 @@ def _amount(config: RunConfig, stage: str) -> list[str]:
     if stage == "preferences" and preferences is not None:
         asked = ", ".join(annotator.name for annotator in preferences.annotators)
         return [f"{preferences.num_generations} answers a prompt", f"annotators {asked}"]
-    section = config.sft if stage == "sft" else config.reward
+    section = {"sft": config.sft, "reward": config.reward, "preference": config.preference}[stage]
     assert section is not None, "a stage has its section"
     limit = f", at most {section.max_steps} steps" if section.max_steps else ""
     return [f"{_many(section.num_epochs, 'epoch')} in batches of {section.batch_size}{limit}"]

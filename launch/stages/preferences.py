@@ -53,7 +53,7 @@ def _generate(
             "annotators": tuple(simulated),
             "policy": model,
             "pairs_per_prompt": section.pairs_per_prompt,
-            "seed": context.config.seed,
+            "seed": context.seed,
         }
         annotators.build(
             "rlhf_ray.workers.annotator:AnnotatorWorker", [arguments], context.config.cluster.start_timeout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.errors import RewardError
 from rlhf_ray.models.batching import TokenBatch, before_responses, last_positions, plan_micro_batches
 from rlhf_ray.models.heads import PolicyModel, ScalarModel
-from rlhf_ray.models.inference import forward_rows, in_row_order
+from rlhf_ray.models.inference import forward_rows, in_row_order, row_totals
 from rlhf_ray.models.loading import (
     eos_token_ids,
     load_policy_model,
@@ -22,7 +23,9 @@ from rlhf_ray.models.loading import (
     load_tokenizer,
 )
 from rlhf_ray.rewards.functions import RewardFunction
-from rlhf_ray.types import Ragged, Rollouts, Scores
+from rlhf_ray.types import Ragged, Rollouts, Scores, TwoAnswers
+
+Referenced = TypeVar("Referenced", bound=TwoAnswers)
 
 
 class FrozenModel:
@@ -66,6 +69,13 @@ class ReferenceWorker:
         sequences = rollouts.sequences
         is_source = before_responses(rollouts.prompts.lengths, sequences)
         return self.model.forward_all(sequences, is_source, temperature=temperature)
+
+    def answer(self, batch: Referenced) -> Referenced:
+        """The batch with the log-probs of its answers, at temperature 1, filled in."""
+        sequences = Ragged.concat(batch.sides)
+        is_source = before_responses(np.tile(batch.prompt_lengths, 2), sequences)
+        totals = row_totals(self.model.forward_all(sequences, is_source, temperature=1.0))
+        return batch.with_reference(totals[: len(batch)], totals[len(batch) :])
 
 
 class RewardWorker:

@@ -123,6 +123,7 @@ def pairs(count: int = 6, margin: float = 0.0) -> PairBatch:
         chosen=Ragged.from_rows(answers[0], np.int32),
         rejected=Ragged.from_rows(answers[1], np.int32),
         margin=np.full(count, margin, dtype=np.float32),
+        soft_label=np.ones(count, dtype=np.float32),
     )
 
 
