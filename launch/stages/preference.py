@@ -138,6 +138,8 @@ def _answered_before(context: StageContext, model: ModelSection, data: Preferenc
     cache = ReferenceCache(context.folder.path / "reference", identity)
     train, held_out = cache.read(data.train), cache.read(data.held_out)
     if train is None or held_out is None:
+        count = len(data.train) + len(data.held_out)
+        context.progress.message(f"{context.name}: the reference reads {count} rows before the first step")
         with context.placement([_demand_reference(context, model)]) as placement:
             reference = _start_reference(context, placement, model)
             placement.wait_until_built()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -22,10 +23,21 @@ from rlhf_ray.algorithms.preference_optimisation import (
     log_odds,
     pair_loss,
 )
+from rlhf_ray.config.schema.preference import BETAS, USED_BY, PreferenceAlgorithm
 from rlhf_ray.types import Metrics
 
 PAIRWISE = {name: row for name, row in PREFERENCE_ALGORITHMS.items() if isinstance(row, PairAlgorithm)}
 LENGTHS = torch.tensor([[2.0, 4.0, 3.0], [5.0, 1.0, 3.0]], dtype=torch.float64)
+
+
+def test_the_table_and_the_schema_agree() -> None:
+    assert {name for name, row in PREFERENCE_ALGORITHMS.items() if row.needs_reference} == set(
+        USED_BY["reference"]
+    )
+    assert {name for name, row in PREFERENCE_ALGORITHMS.items() if row.takes_soft_labels} == set(
+        USED_BY["label_smoothing"]
+    )
+    assert PREFERENCE_ALGORITHMS.keys() == BETAS.keys() == set(get_args(PreferenceAlgorithm))
 
 
 def sigmoid(x: float) -> float:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Event
 
 import pytest
 
+from launch.artefacts import Artefacts
+from launch.cli import main
+from launch.stages.context import StageContext
 from rlhf_ray.config.checks import load_checked
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.schema import PreferenceSection, turn_names
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.reporting.progress import QuietProgress
+from rlhf_ray.reporting.run_folder import RunFolder
 
 Tree = dict[str, object]
 
@@ -56,6 +62,26 @@ def test_turns_have_names_of_their_own() -> None:
 def test_a_stage_may_run_again(tree: Tree) -> None:
     assert mistakes(tree) == []
     assert load_config(tree).stages == ("preferences", "preference", "preferences", "preference")
+
+
+def test_check_says_what_each_turn_starts_from(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("my.yaml").write_text(json.dumps(tree))
+    assert main(["check", "my.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "OK: 4 stages: preferences, preference, preferences-2, preference-2"
+    assert lines[2].startswith("  preference    model somebody/some-model; pairs that preferences collects; ")
+    assert lines[3].startswith("  preferences-2 model that preference makes; prompts.jsonl (1 row); ")
+
+
+def test_turns_have_seeds_of_their_own(tree: Tree) -> None:
+    config = load_config(tree, ["seed=7"])
+
+    def seed(turn: int) -> int:
+        folder, progress = RunFolder("runs/x"), QuietProgress()
+        return StageContext(config, "x", turn, Artefacts.at_start(config), folder, progress, Event()).seed
+
+    assert seed(1) == 7
+    assert len({seed(turn) for turn in range(1, 9)}) == 8
 
 
 @pytest.mark.parametrize(
