@@ -120,37 +120,34 @@ def test_resuming_skips_what_is_done_and_repeats_what_is_not(rlhf_ray: CommandLi
     assert kept and all(after[name] == before[name] for name in kept)
 
 
-def test_a_reference_that_answers_in_every_step_and_two_ranks(rlhf_ray: CommandLine, run: Path) -> None:
+def on_what_was_collected(rlhf_ray: CommandLine, **options: object) -> RunFolder:
+    """A run of the preference stage alone, on the first turn's pairs."""
     tree = {name: section for name, section in CONFIG.items() if name not in ("pipeline", "preferences")}
     collected = {"path": "runs/online-dpo/preferences/preferences.jsonl"}
-    tree |= {"preference": {**LEARNING, "dataset": collected, "cache_reference": False}}
-    write_config(rlhf_ray.folder / "live.yaml", {**tree, "output_dir": "runs/live"})
-    ended = rlhf_ray.run("train", "live.yaml", "placement.policy.count=2", "training.zero_stage=3")
+    folder = f"runs/{options['algorithm']}"
+    tree |= {"output_dir": folder, "preference": {**LEARNING, "dataset": collected, **options}}
+    write_config(rlhf_ray.folder / "alone.yaml", tree)
+    ended = rlhf_ray.run("train", "alone.yaml", "placement.policy.count=2", "training.zero_stage=3")
     assert ended.code == 0, ended.err
-    one, two = untimed(run / "preference"), untimed(rlhf_ray.folder / "runs" / "live")
-    assert not (rlhf_ray.folder / "runs" / "live" / "reference").exists()
-    for ours, theirs in zip(two[1:], one[1:], strict=True):
-        for name in ("preference/loss", "rewards/margins", "logps/chosen", "policy/grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-2, abs=1e-3), name
+    return RunFolder(rlhf_ray.folder / folder)
 
 
-def test_no_reference_is_started_where_none_is_needed(rlhf_ray: CommandLine, run: Path) -> None:
-    changes = ("preference.algorithm=orpo", "preference.cache_reference=true", "preference.max_steps=1")
-    ended = rlhf_ray.run("train", "live.yaml", "output_dir=runs/orpo", *changes)
-    assert ended.code == 0, ended.err
-    folder = RunFolder(rlhf_ray.folder / "runs" / "orpo")
-    assert 0 <= float(read_metrics(folder.metrics_path)[-1]["eval/accuracy"]) <= 1
-    assert folder.read().parents == {"model": "tiny"}
-    assert not (folder.path / "reference").exists() and not (folder.logs / "reference.log").exists()
-
-
-def test_pairs_are_taken_apart_for_kto(rlhf_ray: CommandLine, run: Path) -> None:
-    """An epoch in steps of 6 answers."""
-    changes = ("preference.algorithm=kto", "preference.batch_size=6", "preference.max_steps=null")
-    ended = rlhf_ray.run("train", "live.yaml", "output_dir=runs/kto", *changes)
-    assert ended.code == 0, ended.err
-    rows = read_metrics(rlhf_ray.folder / "runs" / "kto" / "metrics.jsonl")
+def test_kto_takes_pairs_apart_and_its_reference_may_answer_in_every_step(
+    rlhf_ray: CommandLine, run: Path
+) -> None:
+    """An epoch in steps of 6 answers, by two ranks."""
+    options = {"batch_size": 6, "max_steps": None, "cache_reference": False}
+    folder = on_what_was_collected(rlhf_ray, algorithm="kto", **options)
+    rows = read_metrics(folder.metrics_path)
     pairs = len(list(read_lines(run / "preferences" / "preferences.jsonl"))) - int(rows[-1]["eval/num_pairs"])
     assert len(rows) == -(-2 * pairs // 6) and float(rows[-1]["epoch"]) >= 1
     assert rows[0]["preference/loss"] == pytest.approx(0.5, abs=1e-4)
     assert all(float(row["preference/kl"]) >= 0 for row in rows)
+    assert not (folder.path / "reference").exists() and (folder.logs / "reference.log").exists()
+
+
+def test_no_reference_is_started_where_none_is_needed(rlhf_ray: CommandLine, run: Path) -> None:
+    folder = on_what_was_collected(rlhf_ray, algorithm="orpo", max_steps=1)
+    assert 0 <= float(read_metrics(folder.metrics_path)[-1]["eval/accuracy"]) <= 1
+    assert folder.read().parents == {"model": "tiny"}
+    assert not (folder.path / "reference").exists() and not (folder.logs / "reference.log").exists()
