@@ -12,13 +12,15 @@ from actors.calls import Remote
 from actors.group import ActorGroup
 from rlhf_ray.config.schema import SyncSection
 from rlhf_ray.reporting.evaluation import EvalRecord
-from rlhf_ray.roles import Done, Pending, ScoredChunk
+from rlhf_ray.roles import Done, Pending, Referenced, ScoredChunk
 from rlhf_ray.types import (
     JudgedPair,
+    LabelledAnswers,
     Metrics,
     PairBatch,
     Prompts,
     Ragged,
+    ReferencedPairs,
     RLBatch,
     Rollouts,
     SamplingSpec,
@@ -82,6 +84,14 @@ class RemoteAdapterReference:
     def logprobs(self, rollouts: Pending[Rollouts], temperature: float) -> Pending[Ragged]:
         logprobs = self.group.call("reference_logprobs", rollouts, temperature, kind="reference")
         return cast(Pending[Ragged], logprobs)
+
+
+class RemotePreferenceReference:
+    def __init__(self, group: ActorGroup) -> None:
+        self.group = group
+
+    def answer(self, batch: Pending[Referenced]) -> Pending[Referenced]:
+        return cast(Pending[Referenced], self.group.call("answer", batch, kind="reference"))
 
 
 class RemoteTrained:
@@ -165,6 +175,20 @@ class RemoteRewardTrainer(RemoteTrained):
 
     def score_pairs(self, batch: Pending[PairBatch]) -> Pending[tuple[Ragged, Ragged]]:
         return cast(Pending[tuple[Ragged, Ragged]], self.group.call("score_pairs", batch))
+
+
+class RemotePreferenceTrainer(RemoteTrained):
+    def train_pairs(self, batch: Pending[ReferencedPairs]) -> Pending[Metrics]:
+        return cast(Pending[Metrics], self.group.call("train_pairs", batch, kind="train_policy"))
+
+    def train_answers(self, batch: Pending[LabelledAnswers]) -> Pending[Metrics]:
+        return cast(Pending[Metrics], self.group.call("train_answers", batch, kind="train_policy"))
+
+    def score_pairs(self, batch: Pending[ReferencedPairs]) -> Pending[tuple[Ragged, Ragged]]:
+        return cast(Pending[tuple[Ragged, Ragged]], self.group.call("score_pairs", batch))
+
+    def score_answers(self, batch: Pending[LabelledAnswers]) -> Pending[Ragged]:
+        return cast(Pending[Ragged], self.group.call("score_answers", batch))
 
 
 class RemoteAnnotators:

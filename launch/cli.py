@@ -236,21 +236,23 @@ def _described(config: RunConfig) -> list[str]:
     Raises:
         DataError: a row of a dataset cannot be read.
     """
-    count = len(config.stages)
-    lines = [f"OK: {_many(count, 'stage')}: {', '.join(config.stages)}"]
+    from rlhf_ray.config.schema import turn_names
+
+    names = turn_names(config.stages)
+    lines = [f"OK: {_many(len(names), 'stage')}: {', '.join(names)}"]
+    width = max(11, *map(len, names)) + 1
     made = ""
-    width = max(12, 2 + max(map(len, config.stages)))
-    for stage in config.stages:
+    for name, stage in zip(names, config.stages, strict=True):
         section = getattr(config, stage)
         model = section.model.path if section.model else made or config.model.path
         parts = [f"model {model}"]
         if section.dataset is not None:
             parts.append(_counted(section.dataset, config.seed))
-        elif stage == "reward":
+        elif stage in ("reward", "preference"):
             parts.append("pairs that preferences collects")
-        lines.append(f"  {stage:<{width}}{'; '.join([*parts, *_amount(config, stage)])}")
-        if stage in ("sft", "constitution", "online"):
-            made = f"that {stage} makes"
+        lines.append(f"  {name:<{width}}{'; '.join([*parts, *_amount(config, stage)])}")
+        if stage in ("sft", "constitution", "preference", "online"):
+            made = f"that {name} makes"
     return [*lines, f"  {'output_dir':<{width}}{config.output_dir}"]
 
 

@@ -16,7 +16,7 @@ from launch.stages import STAGE_RUNNERS
 from launch.stages.context import StageContext
 from rlhf_ray.config.checks import check_config
 from rlhf_ray.config.loading import dump_config
-from rlhf_ray.config.schema import RunConfig, StageName
+from rlhf_ray.config.schema import RunConfig, StageName, turn_names
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting.capture import capture_library_output
 from rlhf_ray.reporting.metrics_log import RunResult, load_run
@@ -45,28 +45,31 @@ def run(config: RunConfig, *, quiet: bool = False) -> RunResult:
         raise ConfigError(*mistakes)
     root = RunFolder(config.output_dir)
     is_pipeline = bool(config.pipeline)
-    record = RunRecord(name="pipeline", config=dump_config(config), stages=config.pipeline)
+    names = turn_names(config.stages)
+    record = RunRecord(name="pipeline", config=dump_config(config), stages=names if is_pipeline else ())
     if config.resume == "never":
         root.refuse_foreign(record)  # before the first line of a log is written into it
     with ExitStack() as stack:
         terminal = stack.enter_context(capture_library_output(root.logs / "driver.log"))
-        progress = open_progress(config.stages, terminal, quiet=quiet)
+        progress = open_progress(names, terminal, quiet=quiet)
         stack.callback(progress.close)
         interrupt = stack.enter_context(_interrupts(progress))
         artefacts = Artefacts.at_start(config)
-        folders = {name: root.stage(name) if is_pipeline else root for name in config.stages}
+        folders = {name: root.stage(name) if is_pipeline else root for name in names}
         done = {name for name, folder in folders.items() if config.resume == "auto" and _is_done(folder)}
         if len(done) < len(folders):
             stack.enter_context(cluster(config.cluster))
         if is_pipeline:
             root.begin(record, resume=config.resume == "auto")
             stack.enter_context(root.recording_outcome())
-        for name, folder in folders.items():
+        for index, (name, folder) in enumerate(folders.items()):
+            stage, turn = config.stages[index], config.stages[: index + 1].count(config.stages[index])
             if name in done:
                 progress.message(f"{name}: done before")
             else:
-                _run_stage(config, name, artefacts, folder, progress, interrupt)
-            artefacts = artefacts.after(name, folder)
+                context = StageContext(config, name, turn, artefacts, folder, progress, interrupt)
+                _run_stage(stage, context)
+            artefacts = artefacts.after(stage, folder)
         progress.close()
         if is_pipeline:
             root.finish("done")
@@ -75,19 +78,12 @@ def run(config: RunConfig, *, quiet: bool = False) -> RunResult:
     return load_run(config.output_dir)
 
 
-def _run_stage(
-    config: RunConfig,
-    name: StageName,
-    artefacts: Artefacts,
-    folder: RunFolder,
-    progress: Progress,
-    interrupt: Event,
-) -> None:
+def _run_stage(stage: StageName, context: StageContext) -> None:
     """Run the stage, or what is left of it."""
-    context = StageContext(config, name, artefacts, folder, progress, interrupt)
-    folder.begin(RunRecord(name=name, config=dump_config(config)), resume=config.resume == "auto")
+    config, folder = context.config, context.folder
+    folder.begin(RunRecord(name=context.name, config=dump_config(config)), resume=config.resume == "auto")
     with folder.recording_outcome():
-        metrics = STAGE_RUNNERS[name](context)
+        metrics = STAGE_RUNNERS[stage](context)
         folder.record_origin(context.data, context.parents)
         folder.finish("done", metrics)
         # Its model is saved; several times the model's size of optimizer state is of no more use.

@@ -16,20 +16,25 @@ from typing import Generic, Protocol, TypeVar
 
 from rlhf_ray.reporting.evaluation import EvalRecord
 from rlhf_ray.types import (
+    LabelledAnswers,
     Metrics,
     PairBatch,
     Prompts,
     Ragged,
+    ReferencedPairs,
     RLBatch,
     Rollouts,
     SamplingSpec,
     Scores,
     SFTBatch,
     StepInfo,
+    TwoAnswers,
 )
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
+PairsT_contra = TypeVar("PairsT_contra", bound=PairBatch, contravariant=True)
+Referenced = TypeVar("Referenced", bound=TwoAnswers)
 
 
 class Pending(Protocol[T_co]):
@@ -120,11 +125,31 @@ class Critic(Trained, Protocol):
     def train_rl(self, batch: Pending[RLBatch], step: int) -> Pending[Metrics]: ...
 
 
-class RewardTrainer(Trained, Protocol):
+class PairScorer(Protocol[PairsT_contra]):
+    def score_pairs(self, batch: Pending[PairsT_contra]) -> Pending[tuple[Ragged, Ragged]]:
+        """Scores of chosen and rejected, one value a row."""
+        ...
+
+
+class RewardTrainer(Trained, PairScorer[PairBatch], Protocol):
     def train_pairs(self, batch: Pending[PairBatch]) -> Pending[Metrics]: ...
 
-    def score_pairs(self, batch: Pending[PairBatch]) -> Pending[tuple[Ragged, Ragged]]:
-        """Scores of chosen and rejected, one value a row."""
+
+class PreferenceReference(Protocol):
+    """The frozen model that preference optimisation stays near."""
+
+    def answer(self, batch: Pending[Referenced]) -> Pending[Referenced]:
+        """The batch with the log-probs of its answers filled in."""
+        ...
+
+
+class PreferenceTrainer(Trained, PairScorer[ReferencedPairs], Protocol):
+    def train_pairs(self, batch: Pending[ReferencedPairs]) -> Pending[Metrics]: ...
+
+    def train_answers(self, batch: Pending[LabelledAnswers]) -> Pending[Metrics]: ...
+
+    def score_answers(self, batch: Pending[LabelledAnswers]) -> Pending[Ragged]:
+        """Implicit rewards, one value a row."""
         ...
 
 

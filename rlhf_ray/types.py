@@ -10,6 +10,7 @@ sequences.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Self
@@ -265,12 +266,87 @@ class PairBatch(Rows):
         prompt_lengths: [B] int64, number of leading prompt tokens in both.
         chosen, rejected: B rows int32, prompt and response.
         margin: [B] float32, how much better the chosen answer is said to be (0 where nothing is known).
+        soft_label: [B] float32, probability that `chosen` is really the preferred one, 0.5 to 1.
     """
 
     prompt_lengths: NDArray[np.int64]
     chosen: Ragged
     rejected: Ragged
     margin: NDArray[np.float32]
+    soft_label: NDArray[np.float32]
+
+
+class TwoAnswers(Rows, ABC):
+    """Mixin for batches with two answers a row, of which a reference gives the log-probs."""
+
+    prompt_lengths: NDArray[np.int64]
+
+    @property
+    @abstractmethod
+    def sides(self) -> tuple[Ragged, Ragged]:
+        """B rows each, prompt and response."""
+
+    @property
+    @abstractmethod
+    def reference(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Of each side [B], log-prob of the whole response under the reference."""
+
+    @abstractmethod
+    def with_reference(self, first: NDArray[np.float32], second: NDArray[np.float32]) -> Self: ...
+
+
+@dataclass(frozen=True)
+class ReferencedPairs(PairBatch, TwoAnswers):
+    """Pairs with what the reference says of them.
+
+    Fields:
+        ref_chosen, ref_rejected: [B] float32, log-prob of the whole answer (0 where there is no reference).
+    """
+
+    ref_chosen: NDArray[np.float32]
+    ref_rejected: NDArray[np.float32]
+
+    @property
+    def sides(self) -> tuple[Ragged, Ragged]:
+        return self.chosen, self.rejected
+
+    @property
+    def reference(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        return self.ref_chosen, self.ref_rejected
+
+    def with_reference(self, first: NDArray[np.float32], second: NDArray[np.float32]) -> Self:
+        return replace(self, ref_chosen=first, ref_rejected=second)
+
+
+@dataclass(frozen=True)
+class LabelledAnswers(TwoAnswers):
+    """Single answers that people found good or bad, without a comparison.
+
+    Fields:
+        prompt_lengths: [B] int64, number of leading prompt tokens, in `answers` and in `mismatched`.
+        answers: B rows int32, prompt and response.
+        is_desirable: [B] bool.
+        mismatched: B rows int32, each prompt with the response to another one.
+        ref_answers, ref_mismatched: [B] float32, log-prob of the whole response under the reference.
+    """
+
+    prompt_lengths: NDArray[np.int64]
+    answers: Ragged
+    is_desirable: NDArray[np.bool_]
+    mismatched: Ragged
+    ref_answers: NDArray[np.float32]
+    ref_mismatched: NDArray[np.float32]
+
+    @property
+    def sides(self) -> tuple[Ragged, Ragged]:
+        return self.answers, self.mismatched
+
+    @property
+    def reference(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        return self.ref_answers, self.ref_mismatched
+
+    def with_reference(self, first: NDArray[np.float32], second: NDArray[np.float32]) -> Self:
+        return replace(self, ref_answers=first, ref_mismatched=second)
 
 
 @dataclass(frozen=True)

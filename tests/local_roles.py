@@ -31,13 +31,15 @@ from rlhf_ray.reporting.metrics_log import MetricsLog, MetricsRow, read_metrics
 from rlhf_ray.reporting.progress import Progress, QuietProgress
 from rlhf_ray.reporting.run_folder import RunFolder
 from rlhf_ray.rewards.source import Samples
-from rlhf_ray.roles import Done, Pending, Reference, ScoredChunk
+from rlhf_ray.roles import Done, Pending, Reference, Referenced, ScoredChunk
 from rlhf_ray.types import (
     JudgedPair,
+    LabelledAnswers,
     Metrics,
     PairBatch,
     Prompts,
     Ragged,
+    ReferencedPairs,
     RLBatch,
     Rollouts,
     SamplingSpec,
@@ -52,6 +54,7 @@ from rlhf_ray.workers.experience import ExperienceWorker
 from rlhf_ray.workers.frozen import ReferenceWorker
 from rlhf_ray.workers.model_worker import ModelWorker
 from rlhf_ray.workers.policy import PolicyWorker
+from rlhf_ray.workers.preference import PreferenceWorker
 from rlhf_ray.workers.rewards import RewardWorker
 from rlhf_ray.workers.scalar import CriticWorker, RewardTrainerWorker
 from tests.fakes import HandFedGenerator
@@ -201,6 +204,9 @@ class LocalReference:
     def logprobs(self, rollouts: Pending[Rollouts], temperature: float) -> Pending[Ragged]:
         return Done(self.worker.logprobs(rollouts.result(), temperature))
 
+    def answer(self, batch: Pending[Referenced]) -> Pending[Referenced]:
+        return Done(self.worker.answer(batch.result()))
+
 
 @dataclass
 class LocalAdapterReference:
@@ -283,6 +289,23 @@ class LocalRewardTrainer(_LocalTrained):
 
     def score_pairs(self, batch: Pending[PairBatch]) -> Pending[tuple[Ragged, Ragged]]:
         return Done(self.worker.score_pairs(batch.result()))
+
+
+@dataclass
+class LocalPreferenceTrainer(_LocalTrained):
+    worker: PreferenceWorker
+
+    def train_pairs(self, batch: Pending[ReferencedPairs]) -> Pending[Metrics]:
+        return Done(self.worker.train_pairs(batch.result()))
+
+    def train_answers(self, batch: Pending[LabelledAnswers]) -> Pending[Metrics]:
+        return Done(self.worker.train_answers(batch.result()))
+
+    def score_pairs(self, batch: Pending[ReferencedPairs]) -> Pending[tuple[Ragged, Ragged]]:
+        return Done(self.worker.score_pairs(batch.result()))
+
+    def score_answers(self, batch: Pending[LabelledAnswers]) -> Pending[Ragged]:
+        return Done(self.worker.score_answers(batch.result()))
 
 
 @dataclass

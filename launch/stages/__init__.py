@@ -7,6 +7,7 @@ from collections.abc import Callable
 from launch.stages.constitution import run_constitution
 from launch.stages.context import StageContext
 from launch.stages.online import run_online
+from launch.stages.preference import run_preference
 from launch.stages.preferences import run_preferences
 from launch.stages.reward import run_reward
 from launch.stages.sft import run_sft
@@ -18,6 +19,7 @@ STAGE_RUNNERS: dict[StageName, Callable[[StageContext], Metrics]] = {
     "constitution": run_constitution,
     "preferences": run_preferences,
     "reward": run_reward,
+    "preference": run_preference,
     "online": run_online,
 }
 """Each leaves the stage's artefacts in its folder and returns the final metrics."""

@@ -109,6 +109,6 @@ def _rows(
     helpful = sft_rows(context, section.helpful_dataset, formatter, section.max_length)
     if section.helpful_fraction is not None:
         share = section.helpful_fraction / (1 - section.helpful_fraction)
-        order = np.random.default_rng(context.config.seed).permutation(len(helpful))
+        order = np.random.default_rng(context.seed).permutation(len(helpful))
         helpful = helpful.select(order[: max(1, round(share * len(rows)))])
     return SFTBatch.concat([rows, helpful])

@@ -16,7 +16,7 @@ from launch.artefacts import Artefacts
 from launch.memory import PROCESS, model_size, trained_memory
 from launch.placement import Capacity, Placement, RoleDemand
 from rlhf_ray.config.loading import dump_config
-from rlhf_ray.config.schema import DatasetSection, ModelSection, OptimizerSection, RunConfig, StageName
+from rlhf_ray.config.schema import DatasetSection, ModelSection, OptimizerSection, RunConfig
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.loading import Table, load_rows
 from rlhf_ray.data.skipped import Skipped
@@ -28,6 +28,7 @@ from rlhf_ray.models.loading import eos_token_ids, load_tokenizer, materialise
 from rlhf_ray.reporting.metrics_log import MetricsLog
 from rlhf_ray.reporting.progress import Progress
 from rlhf_ray.reporting.run_folder import RunFolder
+from rlhf_ray.seeds import derive_seed
 from rlhf_ray.workers.model_worker import WorkerSpec
 
 Example = TypeVar("Example")
@@ -46,18 +47,30 @@ def naming(source: str) -> Iterator[None]:
 class StageContext:
     """
     Fields:
+        name: of this turn of the stage; its folder has it too.
+        turn: 1, and more where the pipeline has the stage again.
         artefacts: what earlier stages made.
         data, parents: filled in as the stage reads them: dataset -> fingerprint, `model` -> folder or name.
     """
 
     config: RunConfig
-    name: StageName
+    name: str
+    turn: int
     artefacts: Artefacts
     folder: RunFolder
     progress: Progress
     interrupt: Event
     data: dict[str, str] = field(default_factory=dict)
     parents: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        """Of all that is sampled and shuffled: a stage that runs again gives other answers, in another order.
+
+        What `limit` chooses and what is held out is the run's, so that later turns are judged by prompts that
+        earlier ones were not trained on.
+        """
+        return self.config.seed if self.turn == 1 else derive_seed(self.config.seed, self.turn)
 
     # Models
 
@@ -141,7 +154,7 @@ class StageContext:
                 training=self.config.training,
                 world=World(rank, len(group), master, share.threads, use_gpu=share.gpus > 0),
                 total_steps=num_steps,
-                seed=self.config.seed,
+                seed=self.seed,
             )
             for rank in range(len(group))
         ]
@@ -166,7 +179,7 @@ class StageContext:
         run = StageRun(
             name=self.name,
             folder=self.folder,
-            seed=self.config.seed,
+            seed=self.seed,
             checkpoints=self.checkpoints,
             progress=self.progress,
             open_log=self._open_log,

@@ -61,7 +61,7 @@ def build_engines(
     ]
     if engine.backend == "vllm":
         for rank, own in enumerate(arguments):
-            own |= {"seed": derive_seed(context.config.seed, rank), "weight_backend": weight_backend}
+            own |= {"seed": derive_seed(context.seed, rank), "weight_backend": weight_backend}
     group.build(_FACTORIES[engine.backend], arguments, context.config.cluster.start_timeout)
 
 

@@ -81,7 +81,7 @@ def _start_annotators(
         "annotators": tuple(a for a in section.annotators if isinstance(a, SimulatedAnnotator)),
         "policy": policy,
         "pairs_per_prompt": section.pairs_per_prompt,
-        "seed": context.config.seed,
+        "seed": context.seed,
     }
     group.build(
         "rlhf_ray.workers.annotator:AnnotatorWorker", [arguments], context.config.cluster.start_timeout

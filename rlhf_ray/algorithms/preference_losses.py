@@ -14,10 +14,22 @@ from rlhf_ray.algorithms.metrics import MetricSum, MetricSums
 from rlhf_ray.types import Metrics
 
 
+def preference_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-p log sigmoid(z) - (1 - p) log sigmoid(-z), each: of the statement "chosen is preferred", true with
+    probability p, for log-odds z."""
+    return -targets * F.logsigmoid(logits) - (1 - targets) * F.logsigmoid(-logits)
+
+
 def bradley_terry_loss(
-    chosen: Tensor, rejected: Tensor, margin: Tensor, center_rewards_coefficient: float = 0.0
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor,
+    soft_label: Tensor,
+    center_rewards_coefficient: float = 0.0,
 ) -> tuple[Tensor, MetricSums]:
     """-log sigmoid(r_c - r_r - margin) + center_rewards_coefficient * (r_c + r_r)^2, summed over pairs.
+
+    With a soft label the first term becomes the cross entropy with that probability.
 
     Divide by the number of pairs of the whole batch. The loss is Ouyang et al. 2022, equation 1; the margin
     Touvron et al. 2023, equation 2; the centring, which pins down the scores' free constant, Eisenstein et
@@ -26,9 +38,10 @@ def bradley_terry_loss(
     Args:
         chosen, rejected: [B] scores; B may be 0.
         margin: [B] by how much the chosen score has to lead, 0 where nothing is known.
+        soft_label: [B] probability that chosen is really preferred; 1 where nobody doubts it.
     """
     difference = chosen - rejected
-    loss = -F.logsigmoid(difference - margin).sum()
+    loss = preference_cross_entropy(difference - margin, soft_label).sum()
     if center_rewards_coefficient:
         loss = loss + center_rewards_coefficient * (chosen + rejected).square().sum()
     # 1 for a pair in the right order, a half for a tie, 0 otherwise.

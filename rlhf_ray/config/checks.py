@@ -34,10 +34,10 @@ from rlhf_ray.config.schema import (
     ModelReward,
     ModelSection,
     OnlineSection,
+    PairsSection,
     PlacementSection,
     PreferencesSection,
     Reward,
-    RewardSection,
     RunConfig,
     Section,
     SFTSection,
@@ -122,7 +122,8 @@ class Parts:
         """
         if self.document.value((stage, "model")) is not None:
             return (stage, "model") if self.get(ModelSection, stage, "model") else None
-        makers = [name for name in self.before(stage) if name in ("sft", "constitution", "online")]
+        kinds = ("sft", "constitution", "preference", "online")
+        makers = [name for name in self.before(stage) if name in kinds]
         return self.start_of(makers[-1]) if makers else ("model",)
 
 
@@ -161,7 +162,10 @@ def _output_dir(parts: Parts) -> Iterator[Finding]:
         yield ("output_dir",), "holds another run; continue it with resume=auto, or choose another output_dir"
 
 
-def _purpose(path: KeyPath) -> Literal["sft", "prompts", "pairs"]:
+def _purpose(parts: Parts, path: KeyPath) -> Literal["sft", "prompts", "pairs", "labelled answers"]:
+    if path[0] == "preference":
+        is_unpaired = parts.document.value(("preference", "algorithm")) == "kto"
+        return "labelled answers" if is_unpaired else "pairs"
     if path[0] == "sft" or path in (("constitution", "helpful_dataset"), ("constitution", "eval_dataset")):
         return "sft"
     return "pairs" if path[0] == "reward" or "annotators" in path else "prompts"
@@ -172,7 +176,7 @@ def _datasets(parts: Parts) -> Iterator[Finding]:
     from rlhf_ray.data.formats import check_columns
 
     for path, section in parts.all(DatasetSection):
-        for message in check_columns(section, _purpose(path)):
+        for message in check_columns(section, _purpose(parts, path)):
             # The library speaks of `dataset.key=value: sentence`, whatever section it was given.
             for key, value in section:
                 if message.startswith(f"dataset.{key}={value}: "):
@@ -250,7 +254,7 @@ def _lengths(parts: Parts) -> Iterator[Finding]:
             continue
         fits = f"and the model is made for {positions}; lower it"
         if (
-            isinstance(section, SFTSection | ConstitutionSection | RewardSection)
+            isinstance(section, SFTSection | ConstitutionSection | PairsSection)
             and section.max_length > positions
         ):
             yield (stage, "max_length"), f"texts may have {section.max_length} tokens, {fits}"
@@ -290,9 +294,12 @@ def _adapters(parts: Parts) -> Iterator[Finding]:
 
 def _inputs(parts: Parts) -> Iterator[Finding]:
     """What a stage takes from an earlier one must be made there."""
-    reward_stage = parts.get(RewardSection, "reward")
-    if reward_stage and reward_stage.dataset is None and "preferences" not in parts.before("reward"):
-        yield ("reward", "dataset"), "missing, and no preferences stage runs before; name a dataset of pairs"
+    learners: tuple[StageName, ...] = ("reward", "preference")
+    for stage in learners:
+        pairs = parts.sections.get((stage,))
+        is_missing = isinstance(pairs, PairsSection) and pairs.dataset is None
+        if is_missing and "preferences" not in parts.before(stage):
+            yield (stage, "dataset"), "missing, and no preferences stage runs before; name a dataset of pairs"
     preferences = parts.get(PreferencesSection, "preferences")
     if preferences and not preferences.annotators:
         yield ("preferences", "annotators"), "must have at least one entry"

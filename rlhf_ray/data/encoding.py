@@ -13,7 +13,7 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.types import PairBatch, Prompts, Ragged, SFTBatch
 
 
-class _Report:
+class Report:
     """Collects what becomes of each row, and the greatest length that was asked for."""
 
     def __init__(self, limit_name: str, limit: int) -> None:
@@ -53,7 +53,7 @@ def encode_sft(
         DataError: nothing is left.
         ModelError: the chat template cannot be used (see `ChatFormatter`).
     """
-    report = _Report("max_length", max_length)
+    report = Report("max_length", max_length)
     tokens: list[list[int]] = []
     targets: list[list[bool]] = []
     for example in examples:
@@ -86,9 +86,10 @@ def encode_pairs(
     Raises:
         DataError: nothing is left.
     """
-    report = _Report("max_length", max_length)
+    report = Report("max_length", max_length)
     lengths: list[int] = []
     margins: list[float] = []
+    soft_labels: list[float] = []
     chosen: list[list[int]] = []
     rejected: list[list[int]] = []
     for example in examples:
@@ -104,6 +105,7 @@ def encode_pairs(
             continue
         lengths.append(len(prompt))
         margins.append(example.margin)
+        soft_labels.append(example.soft_label)
         chosen.append(better)
         rejected.append(worse)
     skipped = report.finish(len(chosen))
@@ -112,6 +114,7 @@ def encode_pairs(
         chosen=Ragged.from_rows(chosen, np.int32),
         rejected=Ragged.from_rows(rejected, np.int32),
         margin=np.asarray(margins, dtype=np.float32),
+        soft_label=np.asarray(soft_labels, dtype=np.float32),
     )
     return batch, skipped
 
@@ -124,7 +127,7 @@ def encode_prompts(
     Raises:
         DataError: nothing is left.
     """
-    report = _Report("max_prompt_length", max_prompt_length)
+    report = Report("max_prompt_length", max_prompt_length)
     kept: list[PromptExample] = []
     tokens: list[list[int]] = []
     for example in examples:

@@ -9,6 +9,7 @@ A row that cannot be used is skipped and counted by reason; only a dataset witho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -20,12 +21,13 @@ from rlhf_ray.data.loading import Table, columns_of, first_rows
 from rlhf_ray.data.skipped import Skipped, UnusableRow
 from rlhf_ray.errors import DataError
 
-Purpose = Literal["sft", "prompts", "pairs"]
+Purpose = Literal["sft", "prompts", "pairs", "labelled answers"]
 
 NEEDED: dict[Purpose, tuple[tuple[str, ...], ...]] = {
     "sft": (("messages",), ("prompt", "completion"), ("text",)),
     "prompts": (("prompt",), ("messages",)),
     "pairs": (("chosen", "rejected"),),
+    "labelled answers": (("prompt", "completion", "label"), ("chosen", "rejected")),
 }
 """Alternatives of each purpose, the preferred one first; a table is read by the first that it has."""
 
@@ -65,6 +67,8 @@ class PreferenceExample:
         chosen, rejected: text of the answers.
         margin: how much better the chosen answer is said to be; 0 where the dataset has no column `margin`.
         columns: the dataset's other columns (annotator, source, …).
+        soft_label: probability that `chosen` is really the preferred one, 0.5 to 1; 1 where the dataset has
+            no column `soft_label`.
     """
 
     id: int
@@ -73,9 +77,25 @@ class PreferenceExample:
     rejected: str
     margin: float
     columns: dict[str, object]
+    soft_label: float = 1.0
 
 
-Example = TypeVar("Example", SFTExample, PromptExample, PreferenceExample)
+@dataclass(frozen=True)
+class LabelledExample:
+    """One answer, and whether it is a desirable one.
+
+    Fields:
+        id: position in the source.
+        messages: the prompt, which ends in a user turn.
+    """
+
+    id: int
+    messages: Turns
+    completion: str
+    is_desirable: bool
+
+
+Example = TypeVar("Example", SFTExample, PromptExample, PreferenceExample, LabelledExample)
 
 
 def sft_examples(table: Table) -> tuple[list[SFTExample], Skipped]:
@@ -102,6 +122,20 @@ def preference_examples(table: Table) -> tuple[list[PreferenceExample], Skipped]
     """Raises DataError: the columns are not there, or no row can be used."""
     _form(table.columns, "pairs", table.source)
     return _convert(table, _pair)
+
+
+def has_labels(table: Table) -> bool:
+    """Whether a dataset for unpaired preferences is unpaired itself; otherwise it holds pairs.
+
+    Raises:
+        DataError: it is neither.
+    """
+    return "label" in _form(table.columns, "labelled answers", table.source)
+
+
+def labelled_examples(table: Table) -> tuple[list[LabelledExample], Skipped]:
+    """Raises DataError: the columns are not there, or no row can be used."""
+    return _convert(table, _labelled)
 
 
 def check_columns(section: DatasetSection, purpose: Purpose) -> list[str]:
@@ -221,8 +255,15 @@ def _pair(position: int, row: Row) -> PreferenceExample:
         prompt = shared
     if chosen.strip() == rejected.strip():
         raise UnusableRow("'chosen' and 'rejected' are the same")
-    columns = _without(row, "prompt", "chosen", "rejected", "margin")
-    return PreferenceExample(position, prompt, chosen, rejected, _margin(row), columns)
+    columns = _without(row, "prompt", "chosen", "rejected", "margin", "soft_label")
+    return PreferenceExample(position, prompt, chosen, rejected, _margin(row), columns, _soft_label(row))
+
+
+def _labelled(position: int, row: Row) -> LabelledExample:
+    answer = read_answer(row.get("completion"), "completion")
+    return LabelledExample(
+        position, read_prompt(row.get("prompt"), "prompt"), answer, _label(row.get("label"))
+    )
 
 
 def _is_answer(row: Row, column: str) -> bool:
@@ -259,21 +300,32 @@ def _split_pair(row: Row) -> tuple[Turns, str, str]:
 
 
 def _margin(row: Row) -> float:
-    """A number, or its spelling in a CSV file; 0 where the row has none."""
+    """0 where the row has none."""
     value = row.get("margin")
-    if value is None:
-        return 0.0
-    unusable = UnusableRow("'margin' is not a finite number")
-    if not isinstance(value, int | float | str) or isinstance(value, bool):
-        raise unusable
-    try:
-        margin = float(value)
-    except (ValueError, OverflowError) as error:
-        raise unusable from error
+    margin = 0.0 if value is None else _number(value)
     # The batch holds margins as float32.
     if not abs(margin) <= FLOAT32_MAX:
-        raise unusable
+        raise UnusableRow("'margin' is not a finite number")
     return margin
+
+
+def _soft_label(row: Row) -> float:
+    """1 where the row has none."""
+    value = row.get("soft_label")
+    probability = 1.0 if value is None else _number(value)
+    if not 0.5 <= probability <= 1:
+        raise UnusableRow("'soft_label' is not a number from 0.5 to 1")
+    return probability
+
+
+def _number(value: object) -> float:
+    """A number, or its spelling in a CSV file; NaN for anything else."""
+    if not isinstance(value, int | float | str) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def _without(row: Row, *names: str) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Learning from given examples: supervised fine-tuning, and the reward model."""
+"""Learning from given examples: supervised fine-tuning, the reward model, preference optimisation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from rlhf_ray.algorithms.preference_losses import calibration, length_baseline
 from rlhf_ray.data.cursor import Cursor
 from rlhf_ray.loops.checkpoints import restored_cursor, restored_step
 from rlhf_ray.loops.stage_run import StageRun
-from rlhf_ray.roles import Done, Pending, RewardTrainer, Trained
-from rlhf_ray.types import Metrics, PairBatch, Rows, SFTBatch
+from rlhf_ray.roles import Done, PairScorer, Pending, PreferenceTrainer, Trained
+from rlhf_ray.types import LabelledAnswers, Metrics, PairBatch, Rows, SFTBatch
 
 BatchT = TypeVar("BatchT", bound=Rows)
+PairsT = TypeVar("PairsT", bound=PairBatch)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,11 @@ def pair_tokens(batch: PairBatch) -> int:
     return len(batch.chosen.values) + len(batch.rejected.values)
 
 
-def evaluate_pairs(model: RewardTrainer, held_out: PairBatch) -> Metrics:
+def labelled_tokens(batch: LabelledAnswers) -> int:
+    return len(batch.answers.values)
+
+
+def evaluate_pairs(model: PairScorer[PairsT], held_out: PairsT) -> Metrics:
     """Accuracy, margin and calibration on held-out pairs, beside the rule that the longer answer wins."""
     chosen, rejected = model.score_pairs(Done(held_out)).result()
     margins = chosen.values.astype(np.float64) - rejected.values.astype(np.float64)
@@ -89,3 +94,21 @@ def evaluate_pairs(model: RewardTrainer, held_out: PairBatch) -> Metrics:
         "eval/loss": found.log_loss,
         "eval/num_pairs": float(len(held_out)),
     }
+
+
+def evaluate_labelled(model: PreferenceTrainer, held_out: LabelledAnswers) -> Metrics:
+    """How far implicit rewards tell held-out desirable answers from undesirable ones.
+
+    `eval/auc` is the probability that a desirable answer's reward is the higher one, ties half; 0.5 is
+    chance. It and `eval/margin` are left out where only one kind was held out.
+    """
+    rewards = model.score_answers(Done(held_out)).result().values.astype(np.float64)
+    good, bad = rewards[held_out.is_desirable], rewards[~held_out.is_desirable]
+    metrics: Metrics = {"eval/num_answers": float(len(held_out))}
+    if len(good) and len(bad):
+        order = np.sign(good[:, None] - bad[None, :])
+        metrics |= {
+            "eval/auc": float(((1 + order) / 2).mean()),
+            "eval/margin": float(good.mean() - bad.mean()),
+        }
+    return metrics

@@ -36,6 +36,11 @@ def forward_rows(
     return found
 
 
+def row_totals(rows: Ragged) -> NDArray[np.float32]:
+    """[B] sum of each row."""
+    return np.bincount(rows.row_ids, weights=rows.values, minlength=len(rows)).astype(np.float32)
+
+
 def in_row_order(parts: Iterable[dict[int, NDArray[np.float32]]]) -> Ragged:
     """The parts of several ranks as one batch in the original order."""
     everything = {row: values for part in parts for row, values in part.items()}

@@ -48,6 +48,11 @@ KEY_FIGURES: dict[str, tuple[Figure, ...]] = {
         Figure("accuracy", "reward/accuracy", "percent"),
         Figure("held-out", "eval/accuracy", "percent"),
     ),
+    "preference": (
+        Figure("loss", "preference/loss"),
+        Figure("margin", "rewards/margins"),
+        Figure("held-out", "eval/accuracy", "percent"),
+    ),
     "online": (
         Figure("reward", "reward/mean"),
         Figure("gold", "reward/gold/mean"),
@@ -60,10 +65,10 @@ KEY_FIGURES: dict[str, tuple[Figure, ...]] = {
 
 
 def key_figures(stage: str, metrics: Mapping[str, object]) -> list[str]:
-    """Those of the stage's figures that the metrics hold, written out."""
+    """Those of the stage's figures that the metrics hold, written out; `stage-2` has those of `stage`."""
     return [
         figure.show(float(value))
-        for figure in KEY_FIGURES.get(stage, ())
+        for figure in KEY_FIGURES.get(stage.partition("-")[0], ())
         if isinstance(value := metrics.get(figure.metric), int | float)
     ]
 

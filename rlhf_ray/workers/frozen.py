@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 from rlhf_ray.config.schema import ModelSection, TrainingSection
 from rlhf_ray.models.batching import TokenBatch, before_responses, plan_micro_batches
 from rlhf_ray.models.heads import PolicyModel
-from rlhf_ray.models.inference import forward_rows, in_row_order
+from rlhf_ray.models.inference import forward_rows, in_row_order, row_totals
 from rlhf_ray.models.loading import load_policy_model
-from rlhf_ray.types import Ragged, Rollouts
+from rlhf_ray.types import Ragged, Rollouts, TwoAnswers
+
+Referenced = TypeVar("Referenced", bound=TwoAnswers)
 
 
 class FrozenModel:
@@ -57,3 +60,10 @@ class ReferenceWorker:
         sequences = rollouts.sequences
         is_source = before_responses(rollouts.prompts.lengths, sequences)
         return self.model.forward_all(sequences, is_source, temperature=temperature)
+
+    def answer(self, batch: Referenced) -> Referenced:
+        """The batch with the log-probs of its answers, at temperature 1, filled in."""
+        sequences = Ragged.concat(batch.sides)
+        is_source = before_responses(np.tile(batch.prompt_lengths, 2), sequences)
+        totals = row_totals(self.model.forward_all(sequences, is_source, temperature=1.0))
+        return batch.with_reference(totals[: len(batch)], totals[len(batch) :])

@@ -58,7 +58,8 @@ class PairObjective:
         scores = model(collate(both, last_positions(both), packing, device))
         chosen, rejected = scores.split(len(rows)) if len(rows) else (scores, scores)
         margin = torch.as_tensor(rows.margin, device=device)
-        return bradley_terry_loss(chosen, rejected, margin, self.center_rewards_coefficient)
+        soft_label = torch.as_tensor(rows.soft_label, device=device)
+        return bradley_terry_loss(chosen, rejected, margin, soft_label, self.center_rewards_coefficient)
 
 
 def response_batch(rows: RLBatch, packing: bool, device: torch.device) -> TokenBatch:

@@ -20,7 +20,9 @@ def sigmoid(x: float) -> float:
 def test_loss_by_hand() -> None:
     chosen, rejected = torch.tensor([2.0, 0.5, 1.0]), torch.tensor([1.0, 1.5, 1.0])
     margin = torch.tensor([0.0, 0.0, 0.5])
-    loss, metrics = bradley_terry_loss(chosen, rejected, margin, center_rewards_coefficient=0.1)
+    loss, metrics = bradley_terry_loss(
+        chosen, rejected, margin, torch.ones(3), center_rewards_coefficient=0.1
+    )
     expected = -math.log(sigmoid(1)) - math.log(sigmoid(-1)) - math.log(sigmoid(-0.5)) + 0.1 * (9 + 4 + 4)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert finalise(metrics) == pytest.approx(
@@ -30,7 +32,7 @@ def test_loss_by_hand() -> None:
 
 def test_equal_scores_lose_log_two() -> None:
     scores = torch.randn(8, generator=torch.Generator().manual_seed(0))
-    loss, metrics = bradley_terry_loss(scores, scores, torch.zeros(8))
+    loss, metrics = bradley_terry_loss(scores, scores, torch.zeros(8), torch.ones(8))
     assert loss.item() / 8 == pytest.approx(math.log(2))
     assert finalise(metrics)["reward/accuracy"] == 0.5
 
@@ -39,28 +41,45 @@ def test_only_centring_sees_a_common_shift() -> None:
     chosen, rejected, margin = torch.randn(
         (3, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    base, shifted = (bradley_terry_loss(chosen + c, rejected + c, margin)[0].item() for c in (0, 100))
+    certain = torch.ones(8)
+    base, shifted = (
+        bradley_terry_loss(chosen + c, rejected + c, margin, certain)[0].item() for c in (0, 100)
+    )
     assert shifted == pytest.approx(base, rel=1e-10)
-    centred = bradley_terry_loss(chosen + 100, rejected + 100, margin, 0.01)[0].item()
+    centred = bradley_terry_loss(chosen + 100, rejected + 100, margin, certain, 0.01)[0].item()
     assert centred - shifted == pytest.approx(0.01 * ((chosen + rejected + 200) ** 2).sum().item(), rel=1e-10)
 
 
 def test_gradients_are_right_and_large_margins_do_not_overflow() -> None:
     chosen, rejected = torch.randn((2, 6), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     margin = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    soft_label = torch.linspace(0.5, 1, 6, dtype=torch.float64)
 
     def loss_of(chosen: Tensor, rejected: Tensor) -> Tensor:
-        return bradley_terry_loss(chosen, rejected, margin, 0.05)[0]
+        return bradley_terry_loss(chosen, rejected, margin, soft_label, 0.05)[0]
 
     assert torch.autograd.gradcheck(loss_of, (chosen.requires_grad_(), rejected.requires_grad_()))
-    wrong = bradley_terry_loss(torch.tensor([-500.0]), torch.tensor([500.0]), torch.zeros(1))[0]
-    assert wrong.item() == 1000.0
+    scores = torch.tensor([-500.0]), torch.tensor([500.0])
+    assert bradley_terry_loss(*scores, torch.zeros(1), torch.ones(1))[0].item() == 1000.0
+
+
+def test_a_doubtful_label_is_a_target_probability() -> None:
+    """-p log sigmoid(z) - (1 - p) log sigmoid(-z), least where sigmoid(z) = p."""
+    chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.5])
+    soft_label = torch.tensor([0.7, 0.5])
+    loss, _ = bradley_terry_loss(chosen, rejected, torch.zeros(2), soft_label)
+    first = -0.7 * math.log(sigmoid(1)) - 0.3 * math.log(sigmoid(-1))
+    second = -0.5 * math.log(sigmoid(-0.5)) - 0.5 * math.log(sigmoid(0.5))
+    assert loss.item() == pytest.approx(first + second, rel=1e-6)
+    best = torch.tensor([math.log(0.7 / 0.3), 0.0], requires_grad=True)
+    bradley_terry_loss(best, torch.zeros(2), torch.zeros(2), soft_label)[0].backward()
+    assert best.grad is not None and best.grad.abs().max() < 1e-6
 
 
 def test_no_pairs_are_a_zero_with_a_gradient() -> None:
     parameter = torch.ones(2, requires_grad=True)
     scores = torch.empty((0, 2)) @ parameter
-    loss, metrics = bradley_terry_loss(scores, scores, torch.empty(0), 0.1)
+    loss, metrics = bradley_terry_loss(scores, scores, torch.empty(0), torch.empty(0), 0.1)
     loss.backward()
     assert parameter.grad is not None
     assert parameter.grad.tolist() == [0.0, 0.0]
@@ -94,7 +113,8 @@ def test_labels_drawn_from_the_model_are_calibrated_and_exaggerated_ones_are_not
 def test_log_loss_is_the_training_loss() -> None:
     margins = np.array([-800.0, -1.0, 0.0, 2.0, 700.0])
     scores = torch.from_numpy(margins)
-    loss, _ = bradley_terry_loss(scores, torch.zeros_like(scores), torch.zeros_like(scores))
+    zeros, ones = torch.zeros_like(scores), torch.ones_like(scores)
+    loss, _ = bradley_terry_loss(scores, zeros, zeros, ones)
     assert calibration(margins).log_loss == pytest.approx(loss.item() / 5)
 
 

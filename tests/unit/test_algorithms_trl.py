@@ -144,7 +144,7 @@ def compare_reward_model_loss(coefficient: float) -> None:
         return SimpleNamespace(logits=logits)
 
     expected = RewardTrainer.compute_loss(trainer, model, inputs)
-    loss, sums = bradley_terry_loss(logits[:9, 0], logits[9:, 0], margin, coefficient)
+    loss, sums = bradley_terry_loss(logits[:9, 0], logits[9:, 0], margin, torch.ones(9), coefficient)
     assert loss.item() / 9 == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(torch.autograd.grad(loss / 9, logits), torch.autograd.grad(expected, logits))
     values = finalise(sums)

@@ -88,7 +88,8 @@ def test_a_section_written_in_part_keeps_the_defaults_of_its_place() -> None:
         ),
         (
             "  batch_size: 8",
-            "my.yaml:8: online.batch_size=8: unknown key; batch_size belongs in sft, constitution or reward",
+            "my.yaml:8: online.batch_size=8: unknown key; batch_size belongs in sft, constitution, reward or "
+            "preference",
         ),
         (
             "  optimizer: {learning_rate: 2}",
@@ -134,8 +135,8 @@ def test_a_section_written_in_part_keeps_the_defaults_of_its_place() -> None:
         ("placement: {reward: {count: 2}}", "my.yaml:8: placement.reward.count=2: must be 1"),
         (
             "pipeline: [onlin]",
-            "my.yaml:8: pipeline.0=onlin: must be sft, constitution, preferences, reward or online; "
-            "did you mean online?",
+            "my.yaml:8: pipeline.0=onlin: must be sft, constitution, preferences, reward, preference or "
+            "online; did you mean online?",
         ),
         (
             "preferences: {annotators: [{type: simulated}, {type: simulated}]}\n"
@@ -381,7 +382,7 @@ def test_mappings_may_hold_python_values() -> None:
 def test_nothing_at_all() -> None:
     assert mistakes({}) == ("output_dir: missing; give a path",)
     assert mistakes({"output_dir": "r"}) == (
-        "no stage: add one of the sections sft, constitution, preferences, reward, online",
+        "no stage: add one of the sections sft, constitution, preferences, reward, preference, online",
     )
 
 

@@ -80,6 +80,7 @@ def test_pairs_share_their_prompt_and_end_in_the_eos() -> None:
     assert batch.rejected[0].tolist() == prompt + FORMATTER.completion_ids("No.")
     assert batch.chosen[0][-1] == batch.rejected[0][-1] == END
     assert batch.margin.tolist() == [1.5]
+    assert batch.soft_label.tolist() == [1.0]
     assert len(skipped) == 0
 
 

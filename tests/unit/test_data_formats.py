@@ -13,10 +13,13 @@ import pytest
 from rlhf_ray.config.schema import DatasetSection
 from rlhf_ray.data.files import Row
 from rlhf_ray.data.formats import (
+    LabelledExample,
     PreferenceExample,
     Purpose,
     SFTExample,
     check_columns,
+    has_labels,
+    labelled_examples,
     preference_examples,
     prompt_examples,
     sft_examples,
@@ -178,6 +181,11 @@ GOOD: Row = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
         ({"margin": "much"}, "'margin' is not a finite number"),
         ({"margin": 1e39}, "'margin' is not a finite number"),
         ({"margin": True}, "'margin' is not a finite number"),
+        ({"soft_label": 0.49}, "'soft_label' is not a number from 0.5 to 1"),
+        ({"soft_label": 1.01}, "'soft_label' is not a number from 0.5 to 1"),
+        ({"soft_label": float("nan")}, "'soft_label' is not a number from 0.5 to 1"),
+        ({"soft_label": "sure"}, "'soft_label' is not a number from 0.5 to 1"),
+        ({"soft_label": True}, "'soft_label' is not a number from 0.5 to 1"),
         ({"prompt": [QUESTION, ANSWER]}, "'prompt' does not end in a user turn"),
         ({"prompt": "Why\ud800"}, "'prompt' is not valid Unicode"),
         ({"prompt": []}, "'prompt' is empty"),
@@ -196,6 +204,36 @@ def test_an_unusable_row_is_skipped_with_its_reason(changes: Row, reason: str) -
     ((found, positions),) = skipped.rows.items()
     assert found.startswith(reason)
     assert positions == [1]
+
+
+def test_soft_labels_are_read_and_are_certain_by_default() -> None:
+    labels = ({"soft_label": 0.75}, {"soft_label": "0.5"}, {"soft_label": None}, {})
+    examples, _ = preference_examples(table(*({**GOOD, **more} for more in labels)))
+    assert [example.soft_label for example in examples] == [0.75, 0.5, 1.0, 1.0]
+    assert "soft_label" not in examples[0].columns
+
+
+def test_labelled_answers() -> None:
+    rows = table(
+        {"prompt": "Why?", "completion": "Because.", "label": True},
+        {"prompt": [QUESTION], "completion": [ANSWER], "label": "0"},
+        {"prompt": "\n\nHuman: Why?\n\nAssistant:", "completion": "Because.", "label": 1},
+        {"prompt": "Why?", "completion": "Because.", "label": 0.5},
+        {"prompt": "Why?", "completion": "Because."},
+        {"prompt": "Why?", "completion": " ", "label": True},
+    )
+    assert has_labels(rows)
+    examples, skipped = labelled_examples(rows)
+    assert examples == [
+        LabelledExample(0, (QUESTION,), "Because.", True),
+        LabelledExample(1, (QUESTION,), "Because.", False),
+        LabelledExample(2, (QUESTION,), "Because.", True),
+    ]
+    assert dict(skipped.rows) == {
+        "'label' is neither true nor false": [3, 4],
+        "'completion' has empty text": [5],
+    }
+    assert not has_labels(table(GOOD))
 
 
 @pytest.mark.parametrize("messages", [[QUESTION], "just text", [user("a"), assistant(" ")]])
@@ -223,6 +261,10 @@ def test_the_report_counts_reasons_and_names_rows_as_people_count_them() -> None
         ("sft", "sft needs 'messages', or 'prompt' and 'completion', or 'text'"),
         ("prompts", "prompts needs 'prompt', or 'messages'"),
         ("pairs", "pairs needs 'chosen' and 'rejected'"),
+        (
+            "labelled answers",
+            "labelled answers needs 'prompt' and 'completion' and 'label', or 'chosen' and 'rejected'",
+        ),
     ],
 )
 def test_missing_columns_are_named(tmp_path: Path, purpose: Purpose, wanted: str) -> None:
@@ -230,7 +272,12 @@ def test_missing_columns_are_named(tmp_path: Path, purpose: Purpose, wanted: str
     path.write_text('{"question": "Why?", "chosen": "Because."}\n')
     (mistake,) = check_columns(DatasetSection(path=str(path)), purpose)
     assert f"has the columns 'question', 'chosen'; {wanted}" in mistake
-    read = {"sft": sft_examples, "prompts": prompt_examples, "pairs": preference_examples}[purpose]
+    read = {
+        "sft": sft_examples,
+        "prompts": prompt_examples,
+        "pairs": preference_examples,
+        "labelled answers": has_labels,
+    }[purpose]
     with pytest.raises(DataError) as caught:
         read(load_rows(DatasetSection(path=str(path)), seed=0))
     assert str(caught.value) == mistake

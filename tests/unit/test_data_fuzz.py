@@ -17,11 +17,13 @@ from rlhf_ray.data.encoding import encode_pairs, encode_prompts, encode_sft
 from rlhf_ray.data.formats import (
     Purpose,
     check_columns,
+    labelled_examples,
     preference_examples,
     prompt_examples,
     sft_examples,
 )
 from rlhf_ray.data.loading import Table, load_rows
+from rlhf_ray.data.unpaired import encode_labelled
 from rlhf_ray.errors import DataError
 from tests.tiny import tiny_tokenizer
 
@@ -61,7 +63,8 @@ value = st.one_of(
     good_pair,
     good_pair,
 )
-NAMES = ["messages", "text", "prompt", "completion", "chosen", "rejected", "label", "margin", "other"]
+NAMES = ["messages", "text", "prompt", "completion", "chosen", "rejected", "label"]
+NAMES += ["margin", "soft_label", "other"]
 row = st.dictionaries(st.sampled_from(NAMES), value, max_size=6)
 
 
@@ -89,6 +92,15 @@ def test_any_rows_give_examples_or_a_data_error(rows: list[dict[str, object]], m
         assert len(pairs) + len(skipped) == len(rows)
         pair_batch, cut = encode_pairs(pairs, FORMATTER, max_length)
         assert (pair_batch.chosen.lengths > pair_batch.prompt_lengths).all()
+        assert ((pair_batch.soft_label >= 0.5) & (pair_batch.soft_label <= 1)).all()
+    except DataError:
+        pass
+    try:
+        answers, skipped = labelled_examples(table)
+        assert len(answers) + len(skipped) == len(rows)
+        answer_batch, cut = encode_labelled(answers, FORMATTER, max_length)
+        assert (answer_batch.mismatched.lengths > answer_batch.prompt_lengths).all()
+        assert answer_batch.mismatched.lengths.max() <= max_length
     except DataError:
         pass
 
@@ -101,7 +113,7 @@ line = st.one_of(row.map(lambda content: json.dumps(content).encode()), st.binar
     lines=st.lists(line, max_size=4),
     name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "a.csv.gz", "a.tsv"]),
     compressed=st.booleans(),
-    purpose=st.sampled_from(["sft", "prompts", "pairs"]),
+    purpose=st.sampled_from(["sft", "prompts", "pairs", "labelled answers"]),
 )
 def test_any_file_gives_rows_or_a_data_error(
     lines: list[bytes], name: str, compressed: bool, purpose: Purpose

@@ -178,6 +178,7 @@ def test_a_reward_model_learns_and_resumes(model: ModelSection, tmp_path: Path) 
         chosen=Ragged.from_rows([[*prompt, 50, 2] for prompt in prompts], np.int32),
         rejected=Ragged.from_rows([[*prompt, 60, 61, 2] for prompt in prompts], np.int32),
         margin=np.zeros(8, dtype=np.float32),
+        soft_label=np.ones(8, dtype=np.float32),
     )
 
     def train(

@@ -219,7 +219,8 @@ def test_quiet_messages_go_to_logging(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_figures() -> None:
-    assert set(KEY_FIGURES) == {"sft", "constitution", "preferences", "reward", "online"}
+    stages = {"sft", "constitution", "preferences", "reward", "preference", "online"}
+    assert set(KEY_FIGURES) == stages
     assert key_figures(
         "preferences", {"preferences/pairs": 512.0, "preferences/agreement": float("nan")}
     ) == [
@@ -227,6 +228,7 @@ def test_figures() -> None:
         "agreement -",
     ]
     assert key_figures("sft", {"stage": "sft", "sft/loss": None}) == []
+    assert key_figures("preferences-2", {"preferences/pairs": 3.0}) == ["pairs 3"]
 
 
 @pytest.mark.parametrize(

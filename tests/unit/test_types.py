@@ -88,7 +88,7 @@ def test_rows_select_and_concat_every_kind_of_column() -> None:
 
 
 def test_no_rows_selected_is_a_batch_of_none() -> None:
-    batch = PairBatch(np.array([1]), ragged([1, 2]), ragged([1, 3]), np.zeros(1, np.float32))
+    batch = PairBatch(np.array([1]), ragged([1, 2]), ragged([1, 3]), *np.zeros((2, 1), np.float32))
     nothing = batch.select([])
     assert (len(nothing), nothing.prompt_lengths.dtype, nothing.margin.dtype) == (0, np.int64, np.float32)
 

@@ -112,7 +112,7 @@ def test_value_clipping_holds_at_the_old_values(model: ModelSection) -> None:
     assert metrics["critic/grad_norm"] == 0.0
 
 
-def pairs(count: int = 6, margin: float = 0.0) -> PairBatch:
+def pairs(count: int = 6, margin: float = 0.0, soft_label: float = 1.0) -> PairBatch:
     """Chosen answers contain token 50, rejected ones token 60; lengths differ; all end in EOS."""
     generator = np.random.default_rng(1)
     prompts = [generator.integers(100, 290, generator.integers(2, 9)) for _ in range(count)]
@@ -125,6 +125,7 @@ def pairs(count: int = 6, margin: float = 0.0) -> PairBatch:
         chosen=Ragged.from_rows(answers[0], np.int32),
         rejected=Ragged.from_rows(answers[1], np.int32),
         margin=np.full(count, margin, dtype=np.float32),
+        soft_label=np.full(count, soft_label, dtype=np.float32),
     )
 
 
@@ -140,14 +141,16 @@ def slow_scores(model: ModelSection, rows: Ragged) -> torch.Tensor:
 def test_pair_loss_by_hand(model: ModelSection, budget: int, packing: bool) -> None:
     section = RewardSection(center_rewards_coefficient=0.02)
     trainer = RewardTrainerWorker(model, worker_spec(exact(budget, packing)), section)
-    batch = pairs(margin=0.5)
+    batch = pairs(margin=0.5, soft_label=0.8)
     chosen, rejected = slow_scores(model, batch.chosen), slow_scores(model, batch.rejected)
     ours = trainer.score_pairs(batch)
     np.testing.assert_allclose(ours[0].values, chosen.numpy(), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(ours[1].values, rejected.numpy(), rtol=1e-5, atol=1e-5)
     assert ours[0].lengths.tolist() == [1] * len(batch)
 
-    expected = -F.logsigmoid(chosen - rejected - 0.5).mean() + 0.02 * (chosen + rejected).square().mean()
+    lead = chosen - rejected - 0.5
+    expected = -(0.8 * F.logsigmoid(lead) + 0.2 * F.logsigmoid(-lead)).mean()
+    expected += 0.02 * (chosen + rejected).square().mean()
     metrics = trainer.train_pairs(batch)
     assert metrics["reward/loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert metrics["reward/accuracy"] == pytest.approx((chosen > rejected).float().mean().item())

@@ -1,11 +1,12 @@
 """The configuration of a run. Frozen; unknown keys are errors; every default is written here and nowhere
 else.
 
-A file has one section a stage (`sft`, `constitution`, `preferences`, `reward`, `online`) and `pipeline`, the
-order in which they run. With one stage section, `pipeline` may be left out. Within a pipeline a stage that
-names no model takes the newest one that an earlier stage made, and the top-level `model` if there is none;
-`reward.dataset` is by default what `preferences` wrote, and a reward source of type `model` without a path is
-what `reward` trained.
+A file has one section a stage (`sft`, `constitution`, `preferences`, `reward`, `preference`, `online`) and
+`pipeline`, the order in which they run; a stage may be named more than once there. With one stage section,
+`pipeline` may be left out. Within a pipeline a stage that names no model takes the newest one that an earlier
+stage made, and the top-level `model` if there is none; `reward.dataset` and `preference.dataset` are by
+default what `preferences` wrote last, and a reward source of type `model` without a path is what `reward`
+trained.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from rlhf_ray.config.schema.machinery import (
     WandbSection,
 )
 from rlhf_ray.config.schema.online import OnlineSection
+from rlhf_ray.config.schema.preference import PreferenceAlgorithm, PreferenceSection
 from rlhf_ray.config.schema.preferences import (
     Annotator,
     ConstitutionAnnotator,
@@ -60,8 +62,8 @@ from rlhf_ray.config.schema.rewards import (
     Reward,
     TextVerifier,
 )
-from rlhf_ray.config.schema.run import STAGES, RunConfig, StageName
-from rlhf_ray.config.schema.supervised import RewardSection, SFTSection
+from rlhf_ray.config.schema.run import STAGES, RunConfig, StageName, turn_names
+from rlhf_ray.config.schema.supervised import PairsSection, RewardSection, SFTSection
 
 __all__ = [
     "EMBEDDED_CONSTITUTION",
@@ -94,8 +96,11 @@ __all__ = [
     "NonNegative",
     "OnlineSection",
     "OptimizerSection",
+    "PairsSection",
     "PlacementSection",
     "Positive",
+    "PreferenceAlgorithm",
+    "PreferenceSection",
     "PreferencesSection",
     "ReasoningGymReward",
     "Recipe",
@@ -113,4 +118,5 @@ __all__ = [
     "TextVerifier",
     "TrainingSection",
     "WandbSection",
+    "turn_names",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +21,23 @@ from rlhf_ray.config.schema.machinery import (
     TrainingSection,
 )
 from rlhf_ray.config.schema.online import OnlineSection
+from rlhf_ray.config.schema.preference import PreferenceSection
 from rlhf_ray.config.schema.preferences import PreferencesSection
 from rlhf_ray.config.schema.supervised import RewardSection, SFTSection
 
-StageName = Literal["sft", "constitution", "preferences", "reward", "online"]
-STAGES: tuple[StageName, ...] = ("sft", "constitution", "preferences", "reward", "online")
+StageName = Literal["sft", "constitution", "preferences", "reward", "preference", "online"]
+STAGES: tuple[StageName, ...] = ("sft", "constitution", "preferences", "reward", "preference", "online")
+
+
+def turn_names(stages: Sequence[StageName]) -> tuple[str, ...]:
+    """A name for each turn of a pipeline, which is also that of its folder: the second `preferences` is
+    `preferences-2`."""
+    seen: Counter[str] = Counter()
+    names = []
+    for stage in stages:
+        seen[stage] += 1
+        names.append(stage if seen[stage] == 1 else f"{stage}-{seen[stage]}")
+    return tuple(names)
 
 
 class RunConfig(Section):
@@ -37,6 +51,7 @@ class RunConfig(Section):
     constitution: ConstitutionSection | None = None
     preferences: PreferencesSection | None = None
     reward: RewardSection | None = None
+    preference: PreferenceSection | None = None
     online: OnlineSection | None = None
 
     training: TrainingSection = TrainingSection()
@@ -49,7 +64,7 @@ class RunConfig(Section):
 
     @property
     def stages(self) -> tuple[StageName, ...]:
-        """The stages in the order in which they run."""
+        """The stages in the order in which they run, one as often as it runs."""
         return self.pipeline or tuple(name for name in STAGES if getattr(self, name) is not None)
 
     @model_validator(mode="after")
@@ -66,8 +81,6 @@ class RunConfig(Section):
         mistakes += [
             f"{name}: not in pipeline" for name in present if self.pipeline and name not in self.pipeline
         ]
-        if len(set(self.pipeline)) != len(self.pipeline):
-            mistakes.append("pipeline: a stage may appear once")
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self

@@ -23,8 +23,8 @@ class SFTSection(Section):
     optimizer: OptimizerSection = OptimizerSection(learning_rate=2e-5)
 
 
-class RewardSection(Section):
-    """Reward model from preference pairs: Bradley-Terry, -log sigmoid(r_chosen - r_rejected - margin)."""
+class PairsSection(Section):
+    """What every stage needs that learns from preference pairs."""
 
     model: ModelSection | None = None
     dataset: DatasetSection | None = None
@@ -36,7 +36,15 @@ class RewardSection(Section):
     max_steps: Positive | None = None
     batch_size: Positive = Field(16, description="pairs an optimizer step")
     max_length: Positive = 512
+    eval_every: Positive | None = None
+
+
+class RewardSection(PairsSection):
+    """Reward model from preference pairs: Bradley-Terry, -log sigmoid(r_chosen - r_rejected - margin).
+
+    Where the dataset has a column `soft_label`, the loss is the cross entropy with that probability.
+    """
+
     use_margin: bool = Field(False, description="use the dataset's column `margin`")
     center_rewards_coefficient: float = Field(0.0, ge=0)
-    eval_every: Positive | None = None
     optimizer: OptimizerSection = OptimizerSection(learning_rate=1e-5, lr_scheduler="linear")
