@@ -65,6 +65,11 @@ class Ragged:
         """[sum of lengths] the row that each value belongs to."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
+    def masked(self, keep: NDArray[np.bool_]) -> Ragged:
+        """The values [sum of lengths] where `keep` is True; rows become shorter, perhaps empty."""
+        kept = np.bincount(self.row_ids[keep], minlength=len(self))
+        return Ragged.from_lengths(self.values[keep], kept)
+
     def with_values(self, values: Array) -> Ragged:
         """The same rows with other values of the same total length."""
         return Ragged.from_lengths(values, self.lengths)
@@ -158,15 +163,23 @@ class SamplingSpec:
 class Rollouts(Rows):
     """Sampled responses, as token ids: nothing is ever re-encoded from text.
 
+    In an episode of several turns the response is everything after the prompt: answers, and between them what
+    the environment said.
+
     Fields:
         prompt_ids: [B] id of the prompt (the group) of each sample.
         sample_ids: [B] 0 .. num_generations - 1 within the prompt.
         prompts: B rows, int32.
         responses: B rows, int32, with the EOS token that ended them, if one did.
         logprobs: B rows like responses, float32, of the sampled token under the sampler's own
-            (temperature-scaled) distribution.
-        versions: B rows like responses, int32, version of the weights that sampled each token.
-        finished: [B] bool, True where an EOS token ended the response, False where the length limit cut it.
+            (temperature-scaled) distribution; 0 where the environment spoke.
+        versions: B rows like responses, int32, version of the weights that sampled each token, or that
+            listened.
+        is_sampled: B rows like responses, bool, False where the environment spoke.
+        turn_rewards: B rows like responses, float32: the environment's reward for a turn, at the last token
+            of its answer; 0 elsewhere.
+        finished: [B] bool, True where an EOS token ended the response, False where a length limit cut it.
+        failures: [B] how the environment failed; None where it did not. Such a row teaches nothing.
         columns: [B] as in `Prompts`.
         messages: [B] as in `Prompts`.
     """
@@ -177,7 +190,10 @@ class Rollouts(Rows):
     responses: Ragged
     logprobs: Ragged
     versions: Ragged
+    is_sampled: Ragged
+    turn_rewards: Ragged
     finished: NDArray[np.bool_]
+    failures: tuple[str | None, ...]
     columns: tuple[dict[str, object], ...]
     messages: tuple[tuple[Message, ...], ...]
 
@@ -185,6 +201,11 @@ class Rollouts(Rows):
     def sequences(self) -> Ragged:
         """B rows, int32: prompt and response in one."""
         return Ragged.join(self.prompts, self.responses)
+
+    @property
+    def sampled(self) -> NDArray[np.bool_]:
+        """[R] `is_sampled` of all responses together."""
+        return self.is_sampled.values.astype(np.bool_, copy=False)
 
 
 @dataclass(frozen=True)

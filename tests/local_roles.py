@@ -99,7 +99,10 @@ def rollouts_of(
         responses=answers,
         logprobs=answers.with_values(np.full(len(answers.values), -1.0, dtype=np.float32)),
         versions=answers.with_values(np.full(len(answers.values), version, dtype=np.int32)),
+        is_sampled=answers.with_values(np.ones(len(answers.values), dtype=np.bool_)),
+        turn_rewards=answers.with_values(np.zeros(len(answers.values), dtype=np.float32)),
         finished=np.asarray([True] * count if finished is None else finished, dtype=np.bool_),
+        failures=(None,) * count,
         columns=tuple(columns or [{} for _ in range(count)]),
         messages=tuple(({"role": "user", "content": f"question {prompt}"},) for prompt in ids),
     )

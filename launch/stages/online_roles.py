@@ -81,7 +81,12 @@ class OnlineBuilder:
         roles = OnlineRoles(
             generator=generator,
             scorer=RemoteScorer(
-                self._frozen("reward", policy=self.models.policy, sources=self.models.rewards)
+                self._frozen(
+                    "reward",
+                    policy=self.models.policy,
+                    sources=self.models.rewards,
+                    has_environment=self.section.environment is not None,
+                )
             ),
             reference=self._reference() if self.section.uses_reference else None,
             policy=RemotePolicy(policy, context.config.sync, generator, _probe(prompts)),
@@ -100,7 +105,7 @@ class OnlineBuilder:
         backend: Backend = "gloo"  # transformers receives over gloo, whatever device it is on
         if config.engine.backend == "vllm":
             backend = choose_backend(policy.gpus(), engines.gpus())
-        max_model_len = self.section.max_prompt_length + self.section.max_completion_length
+        max_model_len = self.section.max_prompt_length + self.section.max_response_length
         build_engines(
             self.context, self.placement, engines, self.models.policy, max_model_len, weight_backend=backend
         )

@@ -25,6 +25,7 @@ from rlhf_ray.config.schema import (
     STAGES,
     DatasetSection,
     EngineSection,
+    EnvironmentSection,
     FileAnnotator,
     FunctionReward,
     LoggingSection,
@@ -209,6 +210,21 @@ def _functions(parts: Parts) -> Iterator[Finding]:
             yield path, f"importing it raised {type(error).__name__}: {error}"
 
 
+def _environments(parts: Parts) -> Iterator[Finding]:
+    from rlhf_ray.environments.interface import import_environment, option_mistake
+
+    for path, section in parts.all(EnvironmentSection):
+        try:
+            found = import_environment(section.class_path)
+        except ConfigError as error:
+            yield (*path, "class_path"), str(error).removeprefix(f"class_path={section.class_path}: ")
+        except Exception as error:  # the person's own module runs at import, and may raise anything
+            yield (*path, "class_path"), f"importing it raised {type(error).__name__}: {error}"
+        else:
+            if (mistake := option_mistake(found, section.options)) is not None:
+                yield (*path, "options"), f"{section.class_path} does not take them: {mistake}"
+
+
 def _lengths(parts: Parts) -> Iterator[Finding]:
     for stage in parts.stages:
         start = parts.start_of(stage)
@@ -226,13 +242,16 @@ def _lengths(parts: Parts) -> Iterator[Finding]:
                 f"answers may have {section.max_completion_length} tokens, {fits}",
             )
         if isinstance(section, OnlineSection):
-            longest = section.max_prompt_length + section.max_completion_length
+            longest = section.max_prompt_length + section.max_response_length
             if longest > positions:
-                keys = ("max_completion_length", "max_prompt_length")
-                written = [key for key in keys if parts.document.holds((stage, key))]
+                of_response = (
+                    "environment.max_episode_length" if section.environment else "max_completion_length"
+                )
+                keys = (of_response, "max_prompt_length")
+                written = [key for key in keys if parts.document.holds((stage, *key.split(".")))]
                 yield (
-                    (stage, (written or ["max_completion_length"])[0]),
-                    f"max_prompt_length + max_completion_length are {longest} tokens, {fits}",
+                    (stage, *(written or [of_response])[0].split(".")),
+                    f"max_prompt_length + {of_response} are {longest} tokens, {fits}",
                 )
 
 
@@ -308,6 +327,7 @@ _CHECKS: tuple[Callable[[Parts], Iterator[Finding]], ...] = (
     _datasets,
     _models,
     _functions,
+    _environments,
     _lengths,
     _inputs,
     _ranks,

@@ -21,7 +21,7 @@ from rlhf_ray.data.files import Row, is_data_file, read_file
 from rlhf_ray.errors import DataError
 
 EMBEDDED = "embedded:"
-EMBEDDED_NAMES = ("demonstrations", "prompts")
+EMBEDDED_NAMES = ("demonstrations", "guess", "prompts")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 

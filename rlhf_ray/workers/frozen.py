@@ -21,6 +21,7 @@ from rlhf_ray.models.loading import (
     load_scalar_model,
     load_tokenizer,
 )
+from rlhf_ray.reporting.transcripts import answer_texts
 from rlhf_ray.rewards.functions import RewardFunction
 from rlhf_ray.types import Ragged, Rollouts, Scores
 
@@ -73,6 +74,7 @@ class RewardWorker:
 
     Args:
         sources: each with, for a source of type `model`, the section of its reward model.
+        has_environment: whether the rollouts bring the rewards of an environment, which count with weight 1.
     """
 
     def __init__(
@@ -82,11 +84,13 @@ class RewardWorker:
         training: TrainingSection,
         device: torch.device,
         threads: int,
+        has_environment: bool = False,
     ) -> None:
         torch.set_num_threads(threads)
+        self.has_environment = has_environment
         self.tokenizer = load_tokenizer(policy)
         # The formatter that wrote the pairs which the reward model was trained on.
-        self.eos = ChatFormatter(self.tokenizer, eos_token_ids(policy, self.tokenizer)).eos_token_id
+        self.formatter = ChatFormatter(self.tokenizer, eos_token_ids(policy, self.tokenizer))
         self.sources: list[tuple[Reward, FrozenModel | RewardFunction]] = []
         for source, model in sources:
             if isinstance(source, FunctionReward):
@@ -106,23 +110,24 @@ class RewardWorker:
             source.name: self._evaluate(source.name, scorer, rollouts) for source, scorer in self.sources
         }
         # NaN stands for "does not apply": it adds nothing to the total.
-        total = sum(
-            source.weight * np.nan_to_num(parts[source.name]) for source, _ in self.sources if source.weight
-        )
-        return Scores(np.asarray(total, dtype=np.float32), parts)
+        total = np.zeros(len(rollouts), dtype=np.float64)
+        for source, _ in self.sources:
+            total += source.weight * np.nan_to_num(parts[source.name])
+        if self.has_environment:
+            parts["environment"] = environment_rewards(rollouts)
+            total += parts["environment"]
+        return Scores(total.astype(np.float32), parts)
 
     def _evaluate(
         self, name: str, scorer: FrozenModel | RewardFunction, rollouts: Rollouts
     ) -> NDArray[np.float32]:
         if isinstance(scorer, RewardFunction):
-            completions = self.tokenizer.batch_decode(
-                [r.tolist() for r in rollouts.responses], skip_special_tokens=True
-            )
-            return scorer(rollouts.messages, completions, rollouts.columns)
+            return scorer(rollouts.messages, answer_texts(rollouts, self.tokenizer), rollouts.columns)
         # The very ids that were sampled. The reward model has only seen answers that end in EOS, so one that
         # the length limit cut gets it too; being cut is punished apart (missing_eos_penalty).
+        eos = self.formatter.eos_token_id
         ended = [
-            r if finished else np.append(r, self.eos)
+            r if finished or r[-1] in self.formatter.eos_token_ids else np.append(r, eos)
             for r, finished in zip(rollouts.responses, rollouts.finished, strict=True)
         ]
         sequences = Ragged.join(rollouts.prompts, Ragged.from_rows(ended, np.int32))
@@ -134,3 +139,9 @@ class RewardWorker:
                 f"{rollouts.prompt_ids[row]} is {scores[row]}"
             )
         return scores
+
+
+def environment_rewards(rollouts: Rollouts) -> NDArray[np.float32]:
+    """[B] sum over the turns."""
+    turns = rollouts.turn_rewards
+    return np.bincount(turns.row_ids, weights=turns.values, minlength=len(turns)).astype(np.float32)

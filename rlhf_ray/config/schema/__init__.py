@@ -22,6 +22,7 @@ from rlhf_ray.config.schema.base import (
     Positive,
     Section,
 )
+from rlhf_ray.config.schema.environments import EnvironmentSection
 from rlhf_ray.config.schema.machinery import (
     CheckpointSection,
     ClusterSection,
@@ -56,6 +57,7 @@ __all__ = [
     "ClusterSection",
     "DatasetSection",
     "EngineSection",
+    "EnvironmentSection",
     "FileAnnotator",
     "Fraction",
     "FunctionReward",

@@ -32,7 +32,7 @@ class ModelSection(Section):
 
 class DatasetSection(Section):
     """path: a JSONL, JSON, CSV or Parquet file (also .gz), a hub name, or
-    `embedded:prompts|demonstrations`."""
+    `embedded:prompts|demonstrations|guess`."""
 
     path: str
     split: str = "train"
