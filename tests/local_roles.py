@@ -23,6 +23,8 @@ from rlhf_ray.config.schema import (
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.encoding import encode_prompts
 from rlhf_ray.data.formats import PromptExample
+from rlhf_ray.engines.generation import TokenGenerator
+from rlhf_ray.environments.generator import EnvironmentGenerator
 from rlhf_ray.loops.checkpoints import Checkpoints
 from rlhf_ray.loops.online import OnlineRoles
 from rlhf_ray.loops.stage_run import StageRun
@@ -160,7 +162,7 @@ def logged(folder: Path) -> list[MetricsRow]:
 class LocalGenerator:
     """Engines; prompts are dealt out in equal consecutive shares."""
 
-    engines: list[HandFedGenerator]
+    engines: Sequence[HandFedGenerator | EnvironmentGenerator]
 
     def generate(self, prompts: Prompts, sampling: SamplingSpec, seed: int) -> Sequence[Pending[Rollouts]]:
         shares = [rows for rows in np.array_split(np.arange(len(prompts)), len(self.engines)) if len(rows)]
@@ -321,6 +323,14 @@ def _columns(chunks: Sequence[ScoredChunk]) -> list[Rollouts | Scores | Ragged]:
     return [*rollouts, *[chunk.scores.result() for chunk in chunks], *reference]
 
 
+def player_of(engine: TokenGenerator, section: OnlineSection) -> EnvironmentGenerator:
+    """The engine with the section's environment, and the tiny tokenizer."""
+    assert section.environment is not None
+    tokenizer = tiny_tokenizer()
+    formatter = ChatFormatter(tokenizer, (2,))
+    return EnvironmentGenerator(engine, tokenizer, formatter, section.environment, section.max_prompt_length)
+
+
 def online_roles(
     section: OnlineSection,
     model: ModelSection,
@@ -332,6 +342,9 @@ def online_roles(
     """All roles of the online stage, started from one model; the critic gets a new head."""
     steps = section.num_steps * section.num_ppo_epochs * section.num_mini_batches
     engines = [HandFedGenerator(Path(model.path)) for _ in range(num_engines)]
+    players: list[HandFedGenerator | EnvironmentGenerator] = list(engines)
+    if section.environment is not None:
+        players = [player_of(engine, section) for engine in engines]
     policy = PolicyWorker(model, worker_spec(training, section.optimizer, total_steps=steps), section)
     critic = None
     if section.uses_critic:
@@ -341,8 +354,12 @@ def online_roles(
     if section.uses_reference:
         reference = LocalReference(ReferenceWorker(model, training, CPU, threads=1))
     return OnlineRoles(
-        generator=LocalGenerator(engines),
-        scorer=LocalScorer(RewardWorker(model, rewards, training, CPU, threads=1)),
+        generator=LocalGenerator(players),
+        scorer=LocalScorer(
+            RewardWorker(
+                model, rewards, training, CPU, threads=1, has_environment=section.environment is not None
+            )
+        ),
         reference=reference,
         policy=LocalPolicy(policy, engines),
         critic=critic,

@@ -93,8 +93,8 @@ class ChatFormatter:
         """
         if not self._template_ends_turns:
             raise ModelError(
-                "model.chat_template: ends an assistant's turn by no EOS token, so that a conversation cannot "
-                "go on behind an answer that was sampled; use a template that does"
+                "model.chat_template: ends an assistant's turn by no EOS token, so a conversation cannot go "
+                "on behind an answer that was sampled; use a template that does"
             )
         question = PROBE[:1]
         _, after_one = self._continued(PROBE, question)

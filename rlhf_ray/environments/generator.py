@@ -129,12 +129,7 @@ class EnvironmentGenerator:
         for episode in episodes:
             # One whose environment could not begin has an answer, as every row has, and nobody to judge it.
             episode.is_over = episode.environment is None
-        ids = [episode.answer_ids for episode, _ in judges]
-        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        calls = [
-            partial(_step, environment, Answer(text, tuple(episode.answer_ids), episode.finished))
-            for (episode, environment), text in zip(judges, texts, strict=True)
-        ]
+        calls = [partial(_step, environment, self._answer(episode)) for episode, environment in judges]
         for (episode, _), reply in zip(judges, self._call_all(calls), strict=True):
             if isinstance(reply, EnvironmentFailure):
                 episode.fail(f"step: {reply}")
@@ -147,6 +142,11 @@ class EnvironmentGenerator:
                 self._continue(episode, reply.turns, max_completion_length)
             except DataError as error:
                 episode.fail(f"step: {error}")
+
+    def _answer(self, episode: Episode) -> Answer:
+        ids = episode.answer_ids
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return Answer(str(text), tuple(ids), episode.finished)
 
     def _continue(self, episode: Episode, turns: tuple[Message, ...], max_completion_length: int) -> None:
         observation = self._formatter.continuation_ids(turns)

@@ -1,4 +1,4 @@
-"""A game for trying things out: guess a number from hints. `configs/guess.yaml` trains a small model on it."""
+"""A game for trying things out: guess a number from hints. `configs/guess.yaml` trains on it."""
 
 from __future__ import annotations
 

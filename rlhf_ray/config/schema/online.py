@@ -119,6 +119,12 @@ class OnlineSection(Section):
         return self.environment.max_episode_length if self.environment else self.max_completion_length
 
     @property
+    def reward_names(self) -> list[str]:
+        """Of the environment, where there is one, and of the sources."""
+        own = ["environment"] if self.environment else []
+        return [*own, *[reward.name for reward in self.rewards]]
+
+    @property
     def uses_critic(self) -> bool:
         return self.algorithm in USES_CRITIC
 
@@ -167,8 +173,7 @@ class OnlineSection(Section):
             mistakes.append("rewards=[]: must be a list with at least 1 entry")
         elif self.environment is None and all(reward.weight == 0 for reward in self.rewards):
             mistakes.append("rewards: every weight is 0, so there is nothing to train on")
-        own = ["environment"] if self.environment else []
-        names = [*own, *[reward.name for reward in self.rewards]]
+        names = self.reward_names
         if len(set(names)) != len(names):
             mistakes.append(f"rewards: names must differ, these do not: {', '.join(names)}")
         return mistakes
