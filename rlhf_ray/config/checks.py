@@ -223,6 +223,13 @@ def _environments(parts: Parts) -> Iterator[Finding]:
         else:
             if (mistake := option_mistake(found, section.options)) is not None:
                 yield (*path, "options"), f"{section.class_path} does not take them: {mistake}"
+    for path, online in parts.all(OnlineSection):
+        if online.max_completion_length > online.max_response_length:
+            yield (
+                (*path, "max_completion_length"),
+                f"one answer would not fit into environment.max_episode_length={online.max_response_length}; "
+                "lower it, or raise that",
+            )
 
 
 def _lengths(parts: Parts) -> Iterator[Finding]:
