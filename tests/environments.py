@@ -73,6 +73,15 @@ class Vowels(Silent):
         return StepResult("more", float(sum(letter in "aeiou" for letter in answer.text)))
 
 
+class Flaky(Silent):
+    """As `Vowels`; it cannot bear an answer whose length is a multiple of 3."""
+
+    def step(self, answer: Answer) -> StepResult:
+        if len(answer.text) % 3 == 0:
+            raise ValueError("three")
+        return StepResult("more", float(sum(letter in "aeiou" for letter in answer.text)))
+
+
 class Seeded:
     """Begins with a number that the seed decides."""
 

@@ -307,8 +307,9 @@ def _sampled_part(rollouts: Rollouts, greedy: Judged | None) -> SampledPart:
     """With the answers whose prompt has a greedy one to compare with, where there are greedy ones."""
     part = SampledPart.of(rollouts, None if greedy is None else greedy.rollouts)
     if not len(part.rows):
-        failure = next((found for found in rollouts.failures if found is not None), None)
-        raise EnvironmentFailure(f"the environments of all episodes of a step failed; the first: {failure}")
+        failures = [*rollouts.failures, *(greedy.rollouts.failures if greedy else ())]
+        first = next(failure for failure in failures if failure is not None)
+        raise EnvironmentFailure(f"no episode of this step can be trained on; the first failure: {first}")
     return part
 
 

@@ -260,6 +260,29 @@ def test_templates_that_cannot_continue_are_refused(template: str, said: str) ->
         ChatFormatter(tokenizer, (END,)).check_continues()
 
 
+@pytest.mark.parametrize(
+    ("template", "between"),
+    [
+        (CHATML, "\n<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            CHATML.replace(" + '\n' }}{% endfor", " }}{% endfor"),
+            "<|im_start|>user\nHow?<|im_end|><|im_start|>assistant\n",
+        ),
+        (
+            "{{ bos_token }}" + CHATML.replace("message['content']", "message['content'] | trim"),
+            "\n<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n",
+        ),
+    ],
+    ids=["chatml", "nothing after eos", "bos and trim"],
+)
+def test_templates_that_append_are_continued(template: str, between: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    formatter = ChatFormatter(tokenizer, (END,))
+    formatter.check_continues()
+    assert tokenizer.decode(formatter.continuation_ids([{"role": "user", "content": "How?"}])) == between
+
+
 def guesses(secret: int, *texts: str) -> list[StepResult]:
     game = NumberGuessing(1, 10)
     game.reset([], {"secret": secret}, seed=0)

@@ -21,10 +21,10 @@ from rlhf_ray.workers.experience import ExperienceWorker
 from rlhf_ray.workers.frozen import RewardWorker
 from rlhf_ray.workers.objectives import PolicyObjective, ValueObjective
 from rlhf_ray.workers.sampled import num_turns
-from tests.local_roles import CPU, logged, online_section, random_rollouts, rollouts_of
+from tests.local_roles import CPU, logged, online_section, random_rollouts, rollouts_of, weights_of
 from tests.ranks import EXACT
 from tests.tiny import tiny_model_folder, tiny_tokenizer
-from tests.unit.test_loops_online import online_loop, train
+from tests.unit.test_loops_online import online_loop, policy_of, train
 
 ENVIRONMENT = {"class_path": "tests.environments:Vowels", "max_turns": 2, "max_episode_length": 100}
 HAND = {
@@ -166,7 +166,9 @@ def test_episodes_that_failed_are_kept_and_not_compared_with(model: ModelSection
     assert np.isnan(records[1].rewards["environment"])
 
     none_left = replace(rollouts, failures=("a", "b", "c"))
-    with pytest.raises(EnvironmentFailure, match="of all episodes of a step failed; the first: a"):
+    with pytest.raises(
+        EnvironmentFailure, match="no episode of this step can be trained on; the first failure: a"
+    ):
         worker.prepare(StepInfo(0, 0, 0.0), 1, flat, None, none_left, scores, flat)
 
 
@@ -303,6 +305,43 @@ def test_episodes_are_learned_from(model: ModelSection, tmp_path: Path, algorith
         assert len(sample.is_sampled) == len(sample.response_ids)
         assert sample.is_sampled[0] and sample.is_sampled[-1] and not all(sample.is_sampled)
     assert all(record.length <= 12 for record in [*before, *after])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"algorithm": "ppo", "num_mini_batches": 2, "whiten_rewards": True, "normalize_rewards": True},
+        {"algorithm": "dapo", "max_sampling_rounds": 3},
+        {"algorithm": "gspo", "recompute_old_logprobs": False},
+        {"algorithm": "remax", "importance_correction": "sequence_mask"},
+        {"algorithm": "raft", "num_mini_batches": 4},
+        {"algorithm": "reinforce_pp", "reward_clip": 1.0},
+    ],
+    ids=lambda options: options["algorithm"],
+)
+def test_algorithms_bear_episodes_that_fail(
+    model: ModelSection, tmp_path: Path, options: dict[str, object]
+) -> None:
+    environment = {**ENVIRONMENT, "class_path": "tests.environments:Flaky"}
+    section = online_section(
+        num_steps=2, prompts_per_step=3, num_generations=4, rewards=[], environment=environment, **options
+    )
+    loop = online_loop(model, tmp_path, section)
+    weights = weights_of(policy_of(loop).worker)
+    train(loop)
+    rows = logged(tmp_path)
+    assert all(0 < row["environment/failed_fraction"] < 1 for row in rows)
+    numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
+    assert np.isfinite(numbers).all()
+    moved = weights_of(policy_of(loop).worker)
+    assert all(np.isfinite(value).all() for value in moved.values())
+    assert any((moved[name] != weights[name]).any() for name in weights)
+    for step in range(2):
+        for sample in read_lineage(lineage_path(tmp_path / "rollouts", step)):
+            assert (sample.failure is None) == (sample.finish_reason != "failed")
+            if sample.failure is not None:
+                assert sample.advantage == 0.0
+                assert sample.failure == "step: raised ValueError: three"
 
 
 def test_the_number_of_engines_does_not_matter(model: ModelSection, tmp_path: Path) -> None:
