@@ -272,7 +272,7 @@ def _amount(config: RunConfig, stage: str) -> list[str]:
         return [
             f"{_many(online.num_steps, 'step')} of {_many(online.samples_per_step, 'sample')} and "
             f"{_many(updates, 'optimizer step')}",
-            f"rewards {', '.join(reward.name for reward in online.rewards)}",
+            f"rewards {', '.join(online.reward_names)}",
         ]
     if stage == "preferences" and preferences is not None:
         asked = ", ".join(annotator.name for annotator in preferences.annotators)

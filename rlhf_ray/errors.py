@@ -58,6 +58,10 @@ class RewardError(RlhfRayError):
     """A reward function raised or returned the wrong number or kind of values."""
 
 
+class EnvironmentFailure(RlhfRayError):
+    """An environment raised, hung, or answered with something unusable."""
+
+
 class WeightSyncError(RlhfRayError):
     """The engine does not hold the weights that the trainer published, or their version is unknown."""
 

@@ -21,8 +21,8 @@ from rlhf_ray.config.schema import (
     TrainingSection,
 )
 from rlhf_ray.data.chat import ChatFormatter
-from rlhf_ray.data.encoding import encode_prompts
-from rlhf_ray.data.formats import PromptExample
+from rlhf_ray.engines.generation import TokenGenerator
+from rlhf_ray.environments.generator import EnvironmentGenerator
 from rlhf_ray.loops.checkpoints import Checkpoints
 from rlhf_ray.loops.online import OnlineRoles
 from rlhf_ray.loops.stage_run import StageRun
@@ -30,7 +30,6 @@ from rlhf_ray.reporting.evaluation import EvalRecord
 from rlhf_ray.reporting.metrics_log import MetricsLog, MetricsRow, read_metrics
 from rlhf_ray.reporting.progress import Progress, QuietProgress
 from rlhf_ray.reporting.run_folder import RunFolder
-from rlhf_ray.rewards.source import Samples
 from rlhf_ray.roles import Done, Pending, Reference, Referenced, ScoredChunk
 from rlhf_ray.types import (
     JudgedPair,
@@ -84,54 +83,6 @@ def online_section(**options: object) -> OnlineSection:
     )
 
 
-def rollouts_of(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    finished: Sequence[bool] | None = None,
-    prompt_ids: Sequence[int] | None = None,
-    version: int = 0,
-    columns: Sequence[dict[str, object]] | None = None,
-) -> Rollouts:
-    """Rollouts of given tokens; the sampler's log-probs are -1 everywhere."""
-    answers = Ragged.from_rows(responses, np.int32)
-    count = len(responses)
-    ids = np.asarray(range(count) if prompt_ids is None else prompt_ids, dtype=np.int64)
-    return Rollouts(
-        prompt_ids=ids,
-        sample_ids=np.arange(count, dtype=np.int64),
-        prompts=Ragged.from_rows(prompts, np.int32),
-        responses=answers,
-        logprobs=answers.with_values(np.full(len(answers.values), -1.0, dtype=np.float32)),
-        versions=answers.with_values(np.full(len(answers.values), version, dtype=np.int32)),
-        finished=np.asarray([True] * count if finished is None else finished, dtype=np.bool_),
-        columns=tuple(columns or [{} for _ in range(count)]),
-        messages=tuple(({"role": "user", "content": f"question {prompt}"},) for prompt in ids),
-    )
-
-
-def samples_of(*texts: str, **columns: list[object]) -> Samples:
-    """Given answers, whatever their tokens."""
-    rows = [{name: column[row] for name, column in columns.items()} for row in range(len(texts))]
-    return Samples(tuple(texts), rollouts_of([[1, 30]] * len(texts), [[40, 2]] * len(texts), columns=rows))
-
-
-def prompts_of(*texts: str) -> Prompts:
-    """Prompts with the ids 0, 1, …, rendered as the chat template does it."""
-    formatter = ChatFormatter(tiny_tokenizer(), (2,))
-    examples = [PromptExample(i, ({"role": "user", "content": text},), {}) for i, text in enumerate(texts)]
-    prompts, _ = encode_prompts(examples, formatter, max_prompt_length=100)
-    return prompts
-
-
-def random_rollouts(lengths: Sequence[tuple[int, int]], seed: int = 0) -> Rollouts:
-    """Of (prompt, response) lengths; every response ends in EOS, which is also the pad token."""
-    generator = np.random.default_rng(seed)
-    return rollouts_of(
-        [generator.integers(3, 290, prompt) for prompt, _ in lengths],
-        [np.append(generator.integers(3, 290, response - 1), 2) for _, response in lengths],
-    )
-
-
 def weights_of(worker: ModelWorker) -> dict[str, np.ndarray]:
     """Name -> whole parameter (on rank 0; all ranks have to call)."""
     return {name: tensor.numpy().copy() for name, tensor in worker.engine.full_state_dict().items()}
@@ -167,7 +118,7 @@ def logged(folder: Path) -> list[MetricsRow]:
 class LocalGenerator:
     """Engines; prompts are dealt out in equal consecutive shares."""
 
-    engines: list[HandFedGenerator]
+    engines: Sequence[HandFedGenerator | EnvironmentGenerator]
 
     def generate(self, prompts: Prompts, sampling: SamplingSpec, seed: int) -> Sequence[Pending[Rollouts]]:
         shares = [rows for rows in np.array_split(np.arange(len(prompts)), len(self.engines)) if len(rows)]
@@ -368,6 +319,14 @@ def _columns(chunks: Sequence[ScoredChunk]) -> list[Rollouts | Scores | Ragged]:
     return [*rollouts, *[chunk.scores.result() for chunk in chunks], *reference]
 
 
+def player_of(engine: TokenGenerator, section: OnlineSection) -> EnvironmentGenerator:
+    """The engine with the section's environment, and the tiny tokenizer."""
+    assert section.environment is not None
+    tokenizer = tiny_tokenizer()
+    formatter = ChatFormatter(tokenizer, (2,))
+    return EnvironmentGenerator(engine, tokenizer, formatter, section.environment, section.max_prompt_length)
+
+
 def online_roles(
     section: OnlineSection,
     model: ModelSection,
@@ -380,6 +339,9 @@ def online_roles(
     policy is its own reference."""
     steps = section.num_steps * section.num_ppo_epochs * section.num_mini_batches
     engines = [HandFedGenerator(Path(model.path)) for _ in range(num_engines)]
+    players: list[HandFedGenerator | EnvironmentGenerator] = list(engines)
+    if section.environment is not None:
+        players = [player_of(engine, section) for engine in engines]
     policy = PolicyWorker(model, worker_spec(training, section.optimizer, total_steps=steps), section)
     critic = None
     if section.uses_critic:
@@ -391,8 +353,8 @@ def online_roles(
     elif section.uses_reference:
         reference = LocalReference(ReferenceWorker(model, training, CPU, threads=1))
     return OnlineRoles(
-        generator=LocalGenerator(engines),
-        scorer=LocalScorer(reward_worker(model, rewards, training)),
+        generator=LocalGenerator(players),
+        scorer=LocalScorer(reward_worker(model, rewards, training, section.environment is not None)),
         reference=reference,
         policy=LocalPolicy(policy, engines),
         critic=critic,
@@ -404,10 +366,11 @@ def reward_worker(
     policy: ModelSection,
     rewards: Sequence[tuple[Reward, ModelSection | None]],
     training: TrainingSection = EXACT,
+    has_environment: bool = False,
 ) -> RewardWorker:
     """Args: rewards: each source, with the model of those that are one."""
     sources = [(section, () if model is None else (model,)) for section, model in rewards]
-    return RewardWorker(policy, sources, training, CPU, threads=1, tokens={})
+    return RewardWorker(policy, sources, training, CPU, 1, tokens={}, has_environment=has_environment)
 
 
 def annotators(

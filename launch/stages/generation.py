@@ -62,7 +62,18 @@ def build_engines(
     if engine.backend == "vllm":
         for rank, own in enumerate(arguments):
             own |= {"seed": derive_seed(context.seed, rank), "weight_backend": weight_backend}
-    group.build(_FACTORIES[engine.backend], arguments, context.config.cluster.start_timeout)
+    factory = _FACTORIES[engine.backend]
+    online = context.config.online
+    if context.name == "online" and online is not None and online.environment is not None:
+        episodes = {
+            "engine": factory,
+            "model": model,
+            "section": online.environment,
+            "max_prompt_length": online.max_prompt_length,
+        }
+        arguments = [{**episodes, "arguments": own} for own in arguments]
+        factory = "rlhf_ray.environments.generator:build_environment_generator"
+    group.build(factory, arguments, context.config.cluster.start_timeout)
 
 
 def load_prompts(

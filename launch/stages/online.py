@@ -24,7 +24,10 @@ def run_online(context: StageContext) -> Metrics:
     policy = context.model("model", section.model)
     reference = context.model("reference", section.reference, default=section.model)
     models = OnlineModels(policy, reference, find_rewards(context, section, policy))
-    prompts, held_out = _prompts(context, section, context.formatter(policy))
+    formatter = context.formatter(policy)
+    if section.environment is not None:
+        formatter.check_continues()
+    prompts, held_out = _prompts(context, section, formatter)
     with (
         context.placement(demands(context, models)) as placement,
         context.stage_run(placement) as run,

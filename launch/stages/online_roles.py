@@ -103,7 +103,7 @@ class OnlineBuilder:
         backend: Backend = "gloo"  # transformers receives over gloo, whatever device it is on
         if config.engine.backend == "vllm":
             backend = choose_backend(policy.gpus(), engines.gpus())
-        max_model_len = self.section.max_prompt_length + self.section.max_completion_length
+        max_model_len = self.section.max_prompt_length + self.section.max_response_length
         build_engines(
             self.context, self.placement, engines, self.models.policy, max_model_len, weight_backend=backend
         )

@@ -145,6 +145,8 @@ def build_scorer(
     context: StageContext, placement: Placement, policy: ModelSection, rewards: RewardModels
 ) -> RemoteScorer:
     """Begin to build the workers; see `Placement.wait_until_built`."""
+    online = context.config.online
+    assert online is not None
     judge = None
     if rewards.judge is not None:
         judge = _build(
@@ -165,6 +167,7 @@ def build_scorer(
         training=context.config.training,
         device=context.device(placement, "reward"),
         tokens=rewards.tokens,
+        has_environment=online.environment is not None,
     )
     return RemoteScorer(reward, judge)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algorithms.kl import kl_per_token
-from rlhf_ray.algorithms.rows import row_ids_of
+from rlhf_ray.algorithms.rows import row_ids_of, row_sums
 
 VARIANCE_FLOOR = 1e-8
 """Added to a variance before it divides, so that rounding noise around a constant stays small."""
@@ -80,6 +80,21 @@ def token_rewards(
     rewards = -kl_penalty
     rewards = rewards.index_add(0, last_tokens, scores[has_tokens].to(rewards.dtype))
     return TokenRewards(rewards, scores, kl_penalty)
+
+
+def move_turn_rewards(rewards: Tensor, turn_rewards: Tensor, offsets: Tensor) -> Tensor:
+    """[R] rewards whose share of single turns is moved from each row's last token to the end of its turn.
+
+    The sum of a row stays: what clipping and penalties took from the score is missing at the last token.
+
+    Args:
+        rewards: [R], with the score of whole rows at their last tokens; turn_rewards: [R] parts of the score.
+        offsets: [B + 1].
+    """
+    has_tokens = offsets.diff() > 0
+    last_tokens = offsets[1:][has_tokens] - 1
+    sums = row_sums(turn_rewards, offsets)[has_tokens]
+    return rewards.index_add(0, last_tokens, -sums) + turn_rewards
 
 
 def gae(rewards: Tensor, values: Tensor, offsets: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ def has_signal(rewards: NDArray[np.floating], group_ids: NDArray[np.int64]) -> N
         rewards: [B]; group_ids: [B] prompt of each sample, in any order.
     """
     groups = [rewards[group_ids == group] for group in np.unique(group_ids)]
-    return np.array([not _is_constant(group) for group in groups])
+    return np.array([not _is_constant(group) for group in groups], dtype=np.bool_)
 
 
 def _is_constant(x: NDArray[np.number]) -> bool:

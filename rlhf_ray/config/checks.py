@@ -6,28 +6,23 @@ key in another section, or in the same one.
 
 from __future__ import annotations
 
-import json
 import netrc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import Literal, cast
 
-from pydantic import ValidationError
-
-from rlhf_ray.config import outline
 from rlhf_ray.config.document import Document, KeyPath, Raw, plain
 from rlhf_ray.config.loading import parse_document, read_document
 from rlhf_ray.config.model_checks import Kind, linear_names, max_positions, model_mistakes
+from rlhf_ray.config.parts import Parts
 from rlhf_ray.config.reward_checks import reward_mistakes
 from rlhf_ray.config.schema import (
-    STAGES,
     ConstitutionAnnotator,
     ConstitutionSection,
     DatasetSection,
     EngineSection,
+    EnvironmentSection,
     FileAnnotator,
     FunctionReward,
     LoggingSection,
@@ -39,7 +34,6 @@ from rlhf_ray.config.schema import (
     PreferencesSection,
     Reward,
     RunConfig,
-    Section,
     SFTSection,
     SimulatedAnnotator,
     StageName,
@@ -50,7 +44,6 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting.run_folder import RunFolder
 
 Finding = tuple[KeyPath, str]
-S = TypeVar("S", bound=Section)
 
 
 def load_checked(source: str | Path | Mapping[str, object], overrides: Sequence[str] = ()) -> RunConfig:
@@ -80,65 +73,6 @@ def _check(document: Document) -> None:
     for check in _CHECKS:
         for path, sentence in check(parts):
             document.add(path, sentence)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A configuration taken apart.
-
-    Fields:
-        document: what was written.
-        sections: key path -> section, where that section by itself is valid.
-        stages: the stages in the order in which they run.
-    """
-
-    document: Document
-    sections: dict[KeyPath, Section]
-    stages: tuple[StageName, ...]
-
-    @classmethod
-    def of(cls, document: Document) -> Parts:
-        sections = dict(_valid_sections(document.tree, outline.root(), ()))
-        written = document.value(("pipeline",))
-        order = written if isinstance(written, list) and written else list(STAGES)
-        stages = tuple(name for name in STAGES if isinstance(document.value((name,)), dict) and name in order)
-        return cls(document, sections, tuple(sorted(stages, key=order.index)))
-
-    def get(self, kind: type[S], *path: str | int) -> S | None:
-        """The section at a path, if it is there and valid."""
-        found = self.sections.get(path)
-        return found if isinstance(found, kind) else None
-
-    def all(self, kind: type[S]) -> Iterator[tuple[KeyPath, S]]:
-        return ((path, section) for path, section in self.sections.items() if isinstance(section, kind))
-
-    def before(self, stage: StageName) -> tuple[StageName, ...]:
-        return self.stages[: self.stages.index(stage)] if stage in self.stages else ()
-
-    def start_of(self, stage: StageName) -> KeyPath | None:
-        """Where the model that a stage starts from is named, seen through what earlier stages make of it.
-
-        None where a model of that stage is written, and wrong.
-        """
-        if self.document.value((stage, "model")) is not None:
-            return (stage, "model") if self.get(ModelSection, stage, "model") else None
-        kinds = ("sft", "constitution", "preference", "online")
-        makers = [name for name in self.before(stage) if name in kinds]
-        return self.start_of(makers[-1]) if makers else ("model",)
-
-
-def _valid_sections(raw: Raw, node: outline.Node, path: KeyPath) -> Iterator[tuple[KeyPath, Section]]:
-    entry = outline.entries(node)
-    if isinstance(raw, list) and entry is not None:
-        for index, value in enumerate(raw):
-            yield from _valid_sections(value, entry, (*path, index))
-    here = outline.section(node, raw)
-    if here is None or not isinstance(raw, dict):
-        return
-    with suppress(ValidationError):  # said where the whole is validated; the sections inside may be right
-        yield path, outline.class_of(here).model_validate_json(json.dumps(raw), strict=True)
-    for key, value in raw.items():
-        yield from _valid_sections(value, outline.properties(here)[key], (*path, key))
 
 
 LONGEST_NAME = 255
@@ -244,6 +178,28 @@ def _constitutions(parts: Parts) -> Iterator[Finding]:
             yield (*path, "num_principles"), f"the constitution has {num_principles}; ask for fewer"
 
 
+def _environments(parts: Parts) -> Iterator[Finding]:
+    from rlhf_ray.environments.interface import import_environment, option_mistake
+
+    for path, section in parts.all(EnvironmentSection):
+        try:
+            found = import_environment(section.class_path)
+        except ConfigError as error:
+            yield (*path, "class_path"), str(error).removeprefix(f"class_path={section.class_path}: ")
+        except Exception as error:  # the person's own module runs at import, and may raise anything
+            yield (*path, "class_path"), f"importing it raised {type(error).__name__}: {error}"
+        else:
+            if (mistake := option_mistake(found, section.options)) is not None:
+                yield (*path, "options"), f"{section.class_path} does not take them: {mistake}"
+    for path, online in parts.all(OnlineSection):
+        if online.max_completion_length > online.max_response_length:
+            yield (
+                (*path, "max_completion_length"),
+                f"one answer would not fit into environment.max_episode_length={online.max_response_length}; "
+                "lower it, or raise that",
+            )
+
+
 def _lengths(parts: Parts) -> Iterator[Finding]:
     for stage in parts.stages:
         start = parts.start_of(stage)
@@ -267,13 +223,16 @@ def _lengths(parts: Parts) -> Iterator[Finding]:
                 f"answers may have {section.max_completion_length} tokens, {fits}",
             )
         if isinstance(section, OnlineSection):
-            longest = section.max_prompt_length + section.max_completion_length
+            longest = section.max_prompt_length + section.max_response_length
             if longest > positions:
-                keys = ("max_completion_length", "max_prompt_length")
-                written = [key for key in keys if parts.document.holds((stage, key))]
+                of_response = (
+                    "environment.max_episode_length" if section.environment else "max_completion_length"
+                )
+                keys = (of_response, "max_prompt_length")
+                written = [key for key in keys if parts.document.holds((stage, *key.split(".")))]
                 yield (
-                    (stage, (written or ["max_completion_length"])[0]),
-                    f"max_prompt_length + max_completion_length are {longest} tokens, {fits}",
+                    (stage, *(written or [of_response])[0].split(".")),
+                    f"max_prompt_length + {of_response} are {longest} tokens, {fits}",
                 )
 
 
@@ -374,6 +333,7 @@ _CHECKS: tuple[Callable[[Parts], Iterator[Finding]], ...] = (
     _rewards,
     _functions,
     _constitutions,
+    _environments,
     _lengths,
     _adapters,
     _inputs,

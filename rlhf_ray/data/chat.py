@@ -77,6 +77,48 @@ class ChatFormatter:
         """What a sampled answer says, without the EOS that ends it."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
+    def continuation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """What follows an answer's EOS: the rest of its turn, the given turns, the header of the next answer.
+
+        Appended to a context that was sampled, they continue it, and nothing of it is encoded again. They do
+        not depend on that context (see `check_continues`).
+
+        Raises:
+            DataError: the template refuses these turns.
+            ModelError: the template, or the tokenizer, writes what came before otherwise once turns follow.
+        """
+        before, after = self._continued(PROBE, messages)
+        ids_before, ids = self._encode(before), self._encode(before + after)
+        if ids[: len(ids_before)] != ids_before:
+            raise _not_continuing(before, before + after)
+        return ids[len(ids_before) :]
+
+    def check_continues(self) -> None:
+        """
+        Raises:
+            ModelError: a conversation cannot be continued token by token: the template ends answers by no EOS
+                token, or it drops or rewrites earlier turns.
+        """
+        if not self._template_ends_turns:
+            raise ModelError(
+                "model.chat_template: ends an assistant's turn by no EOS token, so a conversation cannot go "
+                "on behind an answer that was sampled; use a template that does"
+            )
+        question = PROBE[:1]
+        _, after_one = self._continued(PROBE, question)
+        before, after_two = self._continued([*PROBE, *PROBE], question)
+        if after_two != after_one:
+            raise _not_continuing(before + after_one, before + after_two)
+
+    def _continued(self, messages: Sequence[Message], more: Sequence[Message]) -> tuple[str, str]:
+        """A conversation up to the EOS of its last answer, as it is when sampled; and what follows it."""
+        answer = self._answer_text(messages, len(messages) - 1) + self._text_of(self.eos_token_id)
+        before = self._render(messages[:-1], answer_follows=True) + answer
+        whole = self._render([*messages, *more], answer_follows=True)
+        if not whole.startswith(before):
+            raise _not_continuing(before, whole)
+        return before, whole[len(before) :]
+
     def sft_row(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation up to its last answer, and which of them are to be learned.
 
@@ -171,3 +213,11 @@ class ChatFormatter:
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _not_continuing(before: str, whole: str) -> ModelError:
+    return ModelError(
+        f"model.chat_template: a conversation that goes on ({whole[-200:]!r}) does not begin with what was "
+        f"there when its last answer was sampled ({before[-80:]!r}): the template drops or rewrites earlier "
+        "turns; for episodes of several turns use one that only appends"
+    )

@@ -23,7 +23,7 @@ from rlhf_ray.data.reasoning_gym import read_reasoning_gym
 from rlhf_ray.errors import DataError
 
 EMBEDDED = "embedded:"
-EMBEDDED_NAMES = ("demonstrations", "prompts", "red-team")
+EMBEDDED_NAMES = ("demonstrations", "guess", "prompts", "red-team")
 MADE = (EMBEDDED, REASONING_GYM)
 """Beginnings of paths that name no file."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

@@ -21,7 +21,8 @@ UNKNOWN_VERSION = -1
 
 @dataclass(frozen=True)
 class Request:
-    """One response to sample. `seed` depends only on the run's seed, the prompt's id and the sample's."""
+    """One response to sample. `seed` depends only on the run's seed, the prompt's id, the sample's and the
+    turn."""
 
     prompt_id: int
     sample_id: int
@@ -70,11 +71,19 @@ class TokenGenerator(ABC):
             GenerationError: a prompt is too long, or a response is empty or has a log-prob that is not
                 finite.
         """
+        requests = make_requests(prompts, sampling.num_generations, seed)
+        samples = self.sample(requests, sampling)
+        return assemble_rollouts(prompts, sampling.num_generations, samples)
+
+    def sample(self, requests: Sequence[Request], sampling: SamplingSpec) -> list[Sample]:
+        """One sample a request, in the order of the requests; `num_generations` does not matter.
+
+        Raises: as `generate`.
+        """
         if self._version == UNKNOWN_VERSION:
             raise WeightSyncError(
                 "the engine was asked to generate before the trainer published weights to it"
             )
-        requests = make_requests(prompts, sampling.num_generations, seed)
         for request in requests:
             needed = len(request.token_ids) + sampling.max_completion_length
             if needed > self._max_model_len:
@@ -84,7 +93,8 @@ class TokenGenerator(ABC):
                     f"{self._max_model_len}"
                 )
         samples = self._sample(requests, sampling)
-        return assemble_rollouts(prompts, sampling.num_generations, requests, samples)
+        check_samples(requests, samples)
+        return samples
 
     @abstractmethod
     def token_logprobs(self, sequences: Ragged) -> Ragged:
@@ -98,13 +108,34 @@ class TokenGenerator(ABC):
         """
 
     @abstractmethod
+    def init_weight_transfer_engine(self, init_info: dict[str, object]) -> None:
+        """Join the trainer's transfer group."""
+
+    @abstractmethod
+    def start_weight_update(self) -> None:
+        """From here to `finish_weight_update` the engine holds neither the old weights nor the new ones."""
+
+    @abstractmethod
+    def update_weights(self, update_info: dict[str, object]) -> None:
+        """Receive what is announced."""
+
+    @abstractmethod
+    def finish_weight_update(self, weight_version: str) -> None:
+        """Make the received weights current: what was cached under the old ones is dropped."""
+
+    @abstractmethod
     def _sample(self, requests: Sequence[Request], sampling: SamplingSpec) -> list[Sample]:
         """One sample a request, in the order of the requests."""
 
 
-def sample_seed(seed: int, prompt_id: int, sample_id: int) -> int:
-    """A seed of 63 bits, the same in every process, on every machine and in every order of requests."""
-    digest = blake2b(struct.pack("<3q", seed, prompt_id, sample_id), digest_size=8).digest()
+def sample_seed(seed: int, prompt_id: int, sample_id: int, *turn: int) -> int:
+    """A seed of 63 bits, the same in every process, on every machine and in every order of requests.
+
+    Args:
+        turn: number of the turn, from the second (1) on.
+    """
+    parts = (seed, prompt_id, sample_id, *turn)
+    digest = blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -118,11 +149,8 @@ def make_requests(prompts: Prompts, num_generations: int, seed: int) -> list[Req
     ]
 
 
-def assemble_rollouts(
-    prompts: Prompts, num_generations: int, requests: Sequence[Request], samples: Sequence[Sample]
-) -> Rollouts:
-    """The samples of all requests as `Rollouts`.
-
+def check_samples(requests: Sequence[Request], samples: Sequence[Sample]) -> None:
+    """
     Raises:
         GenerationError: a response is empty, or one of its log-probs is not finite.
     """
@@ -137,15 +165,23 @@ def assemble_rollouts(
                 f"{request}: the log-prob of response token {position} (id {sample.token_ids[position]}) is "
                 f"{sample.logprobs[position]}"
             )
+
+
+def assemble_rollouts(prompts: Prompts, num_generations: int, samples: Sequence[Sample]) -> Rollouts:
+    """The samples of all prompts, in the order of prompts, then samples."""
     rows: NDArray[np.int64] = np.repeat(np.arange(len(prompts)), num_generations)
+    responses = Ragged.from_rows([sample.token_ids for sample in samples], np.int32)
     return Rollouts(
         prompt_ids=prompts.ids[rows],
         sample_ids=np.tile(np.arange(num_generations), len(prompts)),
         prompts=Ragged.from_rows([prompts.token_ids[int(row)] for row in rows], np.int32),
-        responses=Ragged.from_rows([sample.token_ids for sample in samples], np.int32),
+        responses=responses,
         logprobs=Ragged.from_rows([sample.logprobs for sample in samples], np.float32),
         versions=Ragged.from_rows([sample.versions for sample in samples], np.int32),
+        is_sampled=responses.with_values(np.ones(len(responses.values), dtype=np.bool_)),
+        turn_rewards=responses.with_values(np.zeros(len(responses.values), dtype=np.float32)),
         finished=np.array([sample.finished for sample in samples], dtype=np.bool_),
+        failures=(None,) * len(samples),
         columns=tuple(prompts.columns[int(row)] for row in rows),
         messages=tuple(prompts.messages[int(row)] for row in rows),
     )

@@ -26,7 +26,7 @@ class LineageBatch:
         rollouts, scores: B samples.
         prompt_texts, response_texts: [B] decoded.
         kl: [B] nats a sequence, against the reference.
-        advantages: B rows like the responses.
+        advantages: B rows, of the sampled tokens of the responses.
     """
 
     rollouts: Rollouts
@@ -42,9 +42,13 @@ class SampleLineage:
     """One sample, as read back.
 
     Fields:
-        response_ids: token ids as sampled. version_min, version_max: of the weights that sampled them.
+        response: what was said; of an episode the whole, with the lines of the environment marked by `> `.
+        response_ids: token ids as sampled. is_sampled: False where the environment spoke.
+        version_min, version_max: of the weights that sampled them.
         reward_parts: reward source -> unweighted reward. reward: the weighted sum. kl: nats a sequence.
-        advantage: mean over the response. finish_reason: `stop` (an EOS token) or `length` (cut off).
+        advantage: mean over the sampled tokens.
+        finish_reason: `stop` (an EOS token), `length` (cut off) or `failed` (the environment).
+        failure: how it failed; None where it did not.
     """
 
     step: int
@@ -53,6 +57,7 @@ class SampleLineage:
     prompt: str
     response: str
     response_ids: tuple[int, ...]
+    is_sampled: tuple[bool, ...]
     version_min: int
     version_max: int
     reward_parts: dict[str, float]
@@ -60,6 +65,7 @@ class SampleLineage:
     kl: float
     advantage: float
     finish_reason: str
+    failure: str | None
 
 
 def lineage_path(folder: Path, step: int) -> Path:
@@ -79,9 +85,8 @@ def write_lineage(folder: Path, step: int, batch: LineageBatch) -> Path:
         "sample_id": pa.array(rollouts.sample_ids.astype(np.int64)),
         "prompt": pa.array(batch.prompt_texts, pa.string()),
         "response": pa.array(batch.response_texts, pa.string()),
-        "response_ids": pa.ListArray.from_arrays(
-            pa.array(rollouts.responses.offsets, pa.int32()), pa.array(rollouts.responses.values, pa.int32())
-        ),
+        "response_ids": _lists(rollouts.responses, pa.int32()),
+        "is_sampled": _lists(rollouts.is_sampled, pa.bool_()),
         "version_min": pa.array([int(row.min()) for row in rollouts.versions], pa.int32()),
         "version_max": pa.array([int(row.max()) for row in rollouts.versions], pa.int32()),
         **{
@@ -91,12 +96,24 @@ def write_lineage(folder: Path, step: int, batch: LineageBatch) -> Path:
         "reward": pa.array(batch.scores.total, pa.float32()),
         "kl": pa.array(batch.kl, pa.float32()),
         "advantage": pa.array([float(row.mean()) for row in batch.advantages], pa.float32()),
-        "finish_reason": pa.array(np.where(rollouts.finished, "stop", "length")),
+        "finish_reason": pa.array(_finish_reasons(rollouts), pa.string()),
+        "failure": pa.array(rollouts.failures, pa.string()),
     }
     path = lineage_path(folder, step)
     with written_aside(path) as aside:
         pq.write_table(pa.table(columns), aside, compression="zstd")
     return path
+
+
+def _lists(column: Ragged, dtype: pa.DataType) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(column.offsets, pa.int32()), pa.array(column.values, dtype))
+
+
+def _finish_reasons(rollouts: Rollouts) -> list[str]:
+    return [
+        "failed" if failure is not None else "stop" if finished else "length"
+        for finished, failure in zip(rollouts.finished, rollouts.failures, strict=True)
+    ]
 
 
 def read_lineage(path: Path) -> list[SampleLineage]:
@@ -120,6 +137,11 @@ def _sample(row: dict[str, object]) -> SampleLineage:
         for name in list(row)
         if name.startswith(REWARD_PREFIX)
     }
-    ids = row.pop("response_ids")
-    assert isinstance(ids, list)
-    return SampleLineage(**row, response_ids=tuple(ids), reward_parts=parts)  # type: ignore[arg-type]
+    ids, is_sampled = row.pop("response_ids"), row.pop("is_sampled")
+    assert isinstance(ids, list) and isinstance(is_sampled, list)
+    return SampleLineage(
+        **row,  # type: ignore[arg-type]
+        response_ids=tuple(ids),
+        is_sampled=tuple(is_sampled),
+        reward_parts=parts,  # type: ignore[arg-type]
+    )

@@ -67,9 +67,9 @@ class ModelSource:
         The reward model has only seen answers that end in EOS, so one that the length limit cut gets it too;
         being cut is punished apart (missing_eos_penalty).
         """
-        rollouts = samples.rollouts
+        rollouts, formatter = samples.rollouts, self.formatter
         ended = [
-            r if finished else np.append(r, self.formatter.eos_token_id)
+            r if finished or r[-1] in formatter.eos_token_ids else np.append(r, formatter.eos_token_id)
             for r, finished in zip(rollouts.responses, rollouts.finished, strict=True)
         ]
         return Ragged.join(rollouts.prompts, Ragged.from_rows(ended, np.int32))

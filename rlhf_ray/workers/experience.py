@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_ray.algorithms import AdvantageInputs, Advantages
-from rlhf_ray.algorithms.advantages import RewardShaping, RunningMeanStd, TokenRewards, token_rewards, whiten
+from rlhf_ray.algorithms.advantages import (
+    RewardShaping,
+    RunningMeanStd,
+    TokenRewards,
+    move_turn_rewards,
+    token_rewards,
+    whiten,
+)
 from rlhf_ray.algorithms.correction import correction_metrics, importance_weights
 from rlhf_ray.algorithms.diagnostics import frac_zero_std, has_signal, reward_length_correlation
 from rlhf_ray.algorithms.kl import reference_kl_metrics
@@ -19,12 +27,14 @@ from rlhf_ray.algorithms.metrics import finalise
 from rlhf_ray.algorithms.mismatch import mismatch_metrics
 from rlhf_ray.algorithms.table import trained_mask
 from rlhf_ray.config.schema import ModelSection, OnlineSection
-from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.errors import EnvironmentFailure, WeightSyncError
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.reporting.evaluation import EvalRecord
 from rlhf_ray.reporting.lineage import LineageBatch, write_lineage
+from rlhf_ray.reporting.transcripts import transcripts
 from rlhf_ray.types import Metrics, Ragged, RLBatch, Rollouts, Scores, StepInfo
 from rlhf_ray.workers.algorithm import algorithm_of, correction_of
+from rlhf_ray.workers.sampled import SampledPart, did_not_fail, num_turns
 
 
 class ExperienceWorker:
@@ -58,8 +68,28 @@ class ExperienceWorker:
 
         Raises:
             WeightSyncError: a token was sampled by weights of another version.
+            EnvironmentFailure: there is not one episode whose environment did not fail.
         """
-        judged, greedy = _joined(columns, num_chunks)
+        whole, greedy = _joined(columns, num_chunks)
+        part = _sampled_part(whole.rollouts, greedy)
+        # What the environment said is taken out here, and put back at the end: nothing in between sees it.
+        own = [None if column is None else part.tokens(column) for column in (old_logprobs, values)]
+        sampled, metrics = self._prepare_sampled(info, whole.only(part), own[0], own[1], greedy)
+        batch = part.put_back(sampled, whole.rollouts)
+        self._write_lineage(info.step, whole, batch)
+        if self.section.environment is not None:
+            metrics |= _environment_metrics(whole.rollouts)
+        return batch, metrics
+
+    def _prepare_sampled(
+        self,
+        info: StepInfo,
+        judged: Judged,
+        old_logprobs: Ragged | None,
+        values: Ragged | None,
+        greedy: Judged | None,
+    ) -> tuple[RLBatch, Metrics]:
+        """`prepare` for responses that are sampled from their first token to their last."""
         rollouts = judged.rollouts
         _check_version(rollouts, info)
         old = rollouts.logprobs if old_logprobs is None else old_logprobs
@@ -88,7 +118,6 @@ class ExperienceWorker:
             importance_weights=tokens.with_values(weights.float().numpy()),
             is_trained=tokens.with_values(is_trained.numpy()),
         )
-        self._write_lineage(info.step, judged, batch)
         return batch, {
             **self._metrics(judged, shaped, batch),
             **self._mismatch(rollouts, old_logprobs, weights, is_trained),
@@ -172,24 +201,28 @@ class ExperienceWorker:
     ) -> TokenRewards:
         section = self.section
         total = torch.tensor(judged.scores.total)
+        turns = torch.tensor(judged.rollouts.turn_rewards.values)
         if section.normalize_rewards:
             total = self.reward_scale.scale(total)
+            turns = self.reward_scale.scale(turns)
         in_reward = section.recipe.kl_placement == "reward"
         shaping = RewardShaping(
             kl_coef=kl_coef if in_reward else 0.0,
             missing_eos_penalty=section.missing_eos_penalty,
             reward_clip=section.reward_clip,
-            overlong_buffer=round(section.recipe.overlong_buffer * section.max_completion_length),
-            max_length=section.max_completion_length,
+            overlong_buffer=round(section.recipe.overlong_buffer * section.max_response_length),
+            max_length=section.max_response_length,
         )
-        return token_rewards(
+        offsets = torch.from_numpy(judged.rollouts.responses.offsets)
+        shaped = token_rewards(
             total,
             torch.tensor(judged.rollouts.finished),
             torch.tensor(old_logprobs.values),
             torch.tensor(ref_logprobs.values),
-            torch.from_numpy(judged.rollouts.responses.offsets),
+            offsets,
             shaping,
         )
+        return replace(shaped, rewards=move_turn_rewards(shaped.rewards, turns, offsets))
 
     def _metrics(self, judged: Judged, shaped: TokenRewards, batch: RLBatch) -> Metrics:
         rollouts, scores = judged.rollouts, judged.scores
@@ -217,13 +250,14 @@ class ExperienceWorker:
 
     def _write_lineage(self, step: int, judged: Judged, batch: RLBatch) -> None:
         prompts, responses = self._decode(judged.rollouts)
+        reference = None if judged.ref_logprobs is None else batch.ref_logprobs
         lineage = LineageBatch(
             rollouts=judged.rollouts,
             scores=judged.scores,
             prompt_texts=prompts,
             response_texts=responses,
-            kl=_kl_per_sequence(batch.old_logprobs, judged.ref_logprobs).astype(np.float32),
-            advantages=batch.advantages,
+            kl=_kl_per_sequence(batch.old_logprobs, reference).astype(np.float32),
+            advantages=batch.advantages.masked(judged.rollouts.sampled),
         )
         write_lineage(self.rollouts_folder, step, lineage)
 
@@ -236,16 +270,23 @@ class ExperienceWorker:
         """
         judged, _ = _joined(columns, sum(isinstance(column, Rollouts) for column in columns))
         rollouts, scores = judged.rollouts, judged.scores
-        kl = _kl_per_sequence(rollouts.logprobs if logprobs is None else logprobs, judged.ref_logprobs)
+        own, reference = rollouts.logprobs if logprobs is None else logprobs, judged.ref_logprobs
+        kl = _kl_per_sequence(
+            own.masked(rollouts.sampled), None if reference is None else reference.masked(rollouts.sampled)
+        )
+        lengths = rollouts.responses.masked(rollouts.sampled).lengths
+        is_judged = did_not_fail(rollouts)
         prompts, completions = self._decode(rollouts)
         return [
             EvalRecord(
                 prompt_id=int(rollouts.prompt_ids[i]),
                 prompt=prompts[i],
                 response=completions[i],
-                rewards={name: float(part[i]) for name, part in scores.parts.items()},
+                rewards={
+                    name: float(part[i]) if is_judged[i] else math.nan for name, part in scores.parts.items()
+                },
                 kl=float(kl[i]),
-                length=int(rollouts.responses.lengths[i]),
+                length=int(lengths[i]),
                 finished=bool(rollouts.finished[i]),
             )
             for i in range(len(rollouts))
@@ -253,8 +294,7 @@ class ExperienceWorker:
 
     def _decode(self, rollouts: Rollouts) -> tuple[list[str], list[str]]:
         prompts = [conversation[-1]["content"] for conversation in rollouts.messages]
-        ids = [row.tolist() for row in rollouts.responses]
-        return prompts, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return prompts, transcripts(rollouts, self.tokenizer)
 
     def state_dict(self) -> dict[str, float]:
         return self.reward_scale.state_dict()
@@ -270,6 +310,28 @@ class Judged:
     rollouts: Rollouts
     scores: Scores
     ref_logprobs: Ragged | None
+
+    def only(self, part: SampledPart) -> Judged:
+        reference = None if self.ref_logprobs is None else part.tokens(self.ref_logprobs)
+        return Judged(part.rollouts(self.rollouts), self.scores.select(part.rows), reference)
+
+
+def _sampled_part(rollouts: Rollouts, greedy: Judged | None) -> SampledPart:
+    """With the answers whose prompt has a greedy one to compare with, where there are greedy ones."""
+    part = SampledPart.of(rollouts, None if greedy is None else greedy.rollouts)
+    if not len(part.rows):
+        failures = [*rollouts.failures, *(greedy.rollouts.failures if greedy else ())]
+        first = next(failure for failure in failures if failure is not None)
+        raise EnvironmentFailure(f"no episode of this step can be trained on; the first failure: {first}")
+    return part
+
+
+def _environment_metrics(rollouts: Rollouts) -> Metrics:
+    return {
+        "environment/turns": float(num_turns(rollouts).mean()),
+        "environment/observation_tokens": float((~rollouts.sampled).sum() / len(rollouts)),
+        "environment/failed_fraction": float(1 - did_not_fail(rollouts).mean()),
+    }
 
 
 def _joined(columns: Sequence[Rollouts | Scores | Ragged], num_chunks: int) -> tuple[Judged, Judged | None]:
@@ -291,8 +353,9 @@ def _joined(columns: Sequence[Rollouts | Scores | Ragged], num_chunks: int) -> t
 
 def _informative(rollouts: Rollouts, scores: Scores) -> set[int]:
     """Ids of the prompts whose answers, as far as they could be scored, did not all get the same reward."""
-    ids = rollouts.prompt_ids[scores.is_valid]
-    return set(np.unique(ids)[has_signal(scores.total[scores.is_valid], ids)].tolist())
+    is_judged = did_not_fail(rollouts) & scores.is_valid
+    ids = rollouts.prompt_ids[is_judged]
+    return set(np.unique(ids)[has_signal(scores.total[is_judged], ids)].tolist())
 
 
 def _check_version(rollouts: Rollouts, info: StepInfo) -> None:

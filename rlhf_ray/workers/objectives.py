@@ -77,8 +77,9 @@ class _RLObjective:
     def denominator(self, batch: RLBatch) -> float:
         offsets = torch.from_numpy(batch.responses.offsets)
         is_trained = torch.from_numpy(batch.is_trained.values)
-        aggregation, longest = self.spec.recipe.loss_aggregation, self.spec.max_completion_length
-        return float(loss_denominator(offsets, is_trained, aggregation, longest))
+        aggregation, longest = self.spec.recipe.loss_aggregation, self.spec.max_response_length
+        # A batch whose episodes all failed has nothing to train on, and a loss of 0.
+        return float(max(1, loss_denominator(offsets, is_trained, aggregation, longest)))
 
     def weights(self, rows: RLBatch, device: torch.device) -> Tensor:
         offsets = torch.from_numpy(rows.responses.offsets)

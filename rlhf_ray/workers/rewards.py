@@ -26,6 +26,7 @@ from rlhf_ray.config.schema import (
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.engines.generation import TokenGenerator
 from rlhf_ray.models.loading import eos_token_ids, load_tokenizer, max_model_length
+from rlhf_ray.reporting.transcripts import answer_texts
 from rlhf_ray.rewards.child import ChildFunction
 from rlhf_ray.rewards.failures import GuardedSource, Outcome, all_of
 from rlhf_ray.rewards.functions import RewardFunction
@@ -50,9 +51,7 @@ class _Sources:
         self.runner = asyncio.Runner()
 
     def ask(self, rollouts: Rollouts) -> dict[str, Outcome]:
-        ids = [row.tolist() for row in rollouts.responses]
-        completions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        samples = Samples(tuple(completions), rollouts)
+        samples = Samples(tuple(answer_texts(rollouts, self.tokenizer)), rollouts)
         outcomes = self.runner.run(all_of(source.score(samples) for source in self.sources.values()))
         return dict(zip(self.sources, outcomes, strict=True))
 
@@ -68,6 +67,7 @@ class RewardWorker(_Sources):
     Args:
         sources: each with the reward models of those that have some.
         tokens: name of a source -> bearer token.
+        has_environment: whether the rollouts bring the rewards of an environment, which count with weight 1.
     """
 
     def __init__(
@@ -78,8 +78,10 @@ class RewardWorker(_Sources):
         device: torch.device,
         threads: int,
         tokens: Mapping[str, SecretStr],
+        has_environment: bool = False,
     ) -> None:
         super().__init__(policy)
+        self.has_environment = has_environment
         torch.set_num_threads(threads)
         self.sections = [section for section, _ in sources]
         turn = asyncio.Lock()
@@ -103,10 +105,16 @@ class RewardWorker(_Sources):
         trained = [section for section in self.sections if section.weight]
         rewards = {section.name: outcomes[section.name].values.rewards for section in self.sections}
         # NaN stands for "does not apply": it adds nothing to the total.
-        total = sum(section.weight * np.nan_to_num(rewards[section.name]) for section in trained)
-        failed = np.any([outcomes[section.name].failed for section in trained], axis=0)
+        total = np.zeros(len(rollouts), dtype=np.float64)
+        failed = np.zeros(len(rollouts), dtype=np.bool_)
+        for section in trained:
+            total += section.weight * np.nan_to_num(rewards[section.name])
+            failed |= outcomes[section.name].failed
+        if self.has_environment:
+            rewards["environment"] = environment_rewards(rollouts)
+            total += rewards["environment"]
         return Scores(
-            total=np.asarray(total, dtype=np.float32),
+            total=total.astype(np.float32),
             parts=rewards,
             is_valid=~failed,
             spreads={
@@ -126,6 +134,12 @@ class RewardWorker(_Sources):
                 events[f"reward/{section.name}/failures"] = float(outcome.failed.sum())
                 events[f"reward/{section.name}/retries"] = float(outcome.num_retries)
         return events
+
+
+def environment_rewards(rollouts: Rollouts) -> NDArray[np.float32]:
+    """[B] sum over the turns."""
+    turns = rollouts.turn_rewards
+    return np.bincount(turns.row_ids, weights=turns.values, minlength=len(turns)).astype(np.float32)
 
 
 def _spread(values: Values) -> NDArray[np.float32]:

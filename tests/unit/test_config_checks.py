@@ -94,7 +94,7 @@ def test_a_right_configuration_has_no_mistakes(tree: Tree) -> None:
         (
             ["sft.dataset.path=embedded:demos"],
             "sft.dataset.path=embedded:demos: no such embedded dataset; "
-            "use embedded:demonstrations or embedded:prompts or embedded:red-team",
+            "use embedded:demonstrations or embedded:guess or embedded:prompts or embedded:red-team",
         ),
         (
             ["online.dataset={path: embedded:prompts, split: dev}"],

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rlhf_ray.config.schema import EngineSection
 from rlhf_ray.engines.generation import (
     Sample,
-    assemble_rollouts,
+    check_samples,
     make_requests,
     read_eos_ids,
     sample_seed,
@@ -63,10 +63,10 @@ def test_empty_responses_and_broken_logprobs_are_named() -> None:
     requests = make_requests(prompts, 2, seed=0)
     good = Sample([5, 6], [-1.0, -2.0], [0, 0], finished=True)
     with pytest.raises(GenerationError, match="sample 1 of prompt 10: the response is empty"):
-        assemble_rollouts(prompts, 2, requests, [good, Sample([], [], [], finished=False)])
+        check_samples(requests, [good, Sample([], [], [], finished=False)])
     broken = Sample([5, 6], [-1.0, float("nan")], [0, 0], finished=True)
     with pytest.raises(GenerationError, match=r"sample 0 of prompt 10: .* token 1 \(id 6\) is nan"):
-        assemble_rollouts(prompts, 2, requests, [broken, good])
+        check_samples(requests, [broken, good])
 
 
 def test_all_eos_ids_are_read_and_none_is_an_error(tmp_path: Path) -> None:

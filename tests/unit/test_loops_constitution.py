@@ -32,7 +32,8 @@ from rlhf_ray.reporting.revisions import (
 from rlhf_ray.roles import Done, Generator, Pending
 from rlhf_ray.types import Prompts, Rollouts, SamplingSpec
 from tests.fakes import HandFedGenerator, Watcher
-from tests.local_roles import LocalGenerator, logged, prompts_of, rollouts_of, stage_run
+from tests.local_roles import LocalGenerator, logged, stage_run
+from tests.samples import prompts_of, rollouts_of
 from tests.tiny import tiny_model_folder, tiny_tokenizer
 
 PRINCIPLES = """\

@@ -21,11 +21,11 @@ from tests.local_roles import (
     logged,
     online_roles,
     online_section,
-    prompts_of,
     stage_run,
     weights_of,
 )
 from tests.ranks import EXACT
+from tests.samples import prompts_of
 from tests.tiny import tiny_model_folder
 
 TEXTS = ["boil an egg", "the capital", "a train", "soft yolk", "cold water", "the north"]

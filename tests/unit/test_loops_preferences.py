@@ -33,9 +33,9 @@ from tests.local_roles import (
     LocalGenerator,
     annotators,
     logged,
-    prompts_of,
     stage_run,
 )
+from tests.samples import prompts_of
 from tests.tiny import tiny_model_folder, tiny_tokenizer
 
 USER = ({"role": "user", "content": "How so?"},)
@@ -141,7 +141,7 @@ def test_soft_labels_are_of_the_winner(tmp_path: Path) -> None:
         ("right", None, 1.0),
     ]
     examples, _ = preference_examples(load_rows(DatasetSection(path=str(path)), seed=0))
-    assert examples[0].columns["soft_label"] == pytest.approx(0.7)
+    assert [example.soft_label for example in examples] == pytest.approx([0.7, 0.8, 0.65, 1.0])
 
 
 def test_a_dataset_of_draws_is_an_error(tmp_path: Path) -> None:

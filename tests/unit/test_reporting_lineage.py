@@ -19,7 +19,10 @@ def batch() -> LineageBatch:
         responses=Ragged.from_rows([[5, 6, 2], [8]], np.int32),
         logprobs=Ragged.from_rows([[-1, -1, -1], [-2]], np.float32),
         versions=Ragged.from_rows([[3, 3, 4], [4]], np.int32),
+        is_sampled=Ragged.from_rows([[True, False, True], [True]], np.bool_),
+        turn_rewards=Ragged.from_rows([[0, 0, 0], [0]], np.float32),
         finished=np.array([True, False]),
+        failures=(None, "step: raised ValueError: 7"),
         columns=({}, {}),
         messages=((), ()),
     )
@@ -27,7 +30,7 @@ def batch() -> LineageBatch:
         np.array([1.5, -0.5], np.float32),
         {"proxy": np.array([1.5, -0.5], np.float32), "gold": np.array([0.25, 0.75], np.float32)},
     )
-    advantages = Ragged.from_rows([[0.0, 1.5, 3.0], [-2.0]], np.float32)
+    advantages = Ragged.from_rows([[0.0, 3.0], [-2.0]], np.float32)
     return LineageBatch(
         rollouts, scores, ("hi", "ho"), ("yes", "n\no"), np.array([0.5, 2.0], np.float32), advantages
     )
@@ -44,6 +47,7 @@ def test_every_sample_is_read_back_as_it_was(tmp_path: Path) -> None:
         prompt="hi",
         response="yes",
         response_ids=(5, 6, 2),
+        is_sampled=(True, False, True),
         version_min=3,
         version_max=4,
         reward_parts={"proxy": 1.5, "gold": 0.25},
@@ -51,8 +55,10 @@ def test_every_sample_is_read_back_as_it_was(tmp_path: Path) -> None:
         kl=0.5,
         advantage=1.5,
         finish_reason="stop",
+        failure=None,
     )
-    assert (second.response, second.response_ids, second.finish_reason) == ("n\no", (8,), "length")
+    assert (second.response, second.response_ids, second.finish_reason) == ("n\no", (8,), "failed")
+    assert second.failure == "step: raised ValueError: 7"
     assert (second.version_min, second.version_max, second.advantage) == (4, 4, -2.0)
 
 

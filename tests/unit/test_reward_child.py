@@ -13,7 +13,7 @@ import pytest
 from rlhf_ray.config.schema import MathReward, RegexReward
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards.child import ChildFunction
-from tests.local_roles import samples_of
+from tests.samples import samples_of
 
 
 def ask(child: ChildFunction, *texts: str, **columns: list[object]) -> np.ndarray:

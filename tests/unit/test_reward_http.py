@@ -19,8 +19,8 @@ from rlhf_ray.rewards import failures
 from rlhf_ray.rewards.failures import GuardedSource, Outcome
 from rlhf_ray.rewards.remote import HttpSource
 from rlhf_ray.rewards.server import TOKEN_VARIABLE
-from tests.local_roles import samples_of
 from tests.reward_servers import TOKEN, answering, http_section, reference_server, running
+from tests.samples import samples_of
 
 
 @pytest.fixture(autouse=True)

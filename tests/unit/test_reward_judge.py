@@ -14,7 +14,7 @@ from rlhf_ray.errors import RewardError
 from rlhf_ray.rewards.judge import fill_template, transcript
 from rlhf_ray.types import Rollouts
 from rlhf_ray.workers.rewards import JudgeWorker
-from tests.local_roles import rollouts_of
+from tests.samples import rollouts_of
 from tests.tiny import tiny_model_folder, tiny_tokenizer
 
 ENGINE = EngineSection(backend="transformers", dtype="float32")

@@ -18,7 +18,7 @@ from rlhf_ray.config.schema import (
 from rlhf_ray.data.reasoning_gym import make_task
 from rlhf_ray.rewards.source import Samples
 from rlhf_ray.rewards.verifiers import LengthSource, answer_in, text_verifier
-from tests.local_roles import rollouts_of
+from tests.samples import rollouts_of
 
 
 def rewards(section: TextVerifier, *texts: str, **columns: list[object]) -> list[float | None]:

@@ -30,7 +30,7 @@ ONLY_IN = {
 LIBRARY_LAYERS = {
     # Pure mathematics, and the data that moves: nothing above them.
     "algorithms": {"algorithms", "types", "errors"},
-    "types": set(),
+    "types": {"types"},
     "errors": set(),
     "seeds": set(),
     # Loops drive roles that they never build.

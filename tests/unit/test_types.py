@@ -114,3 +114,10 @@ def test_seeds_depend_on_every_part_and_on_their_number() -> None:
     assert len(set(seeds)) == len(parts)
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert derive_seed(7, 3) == 60586156  # on every machine: resumed runs depend on it
+
+
+def test_masked_rows_keep_their_places() -> None:
+    rows = Ragged.from_rows([[1, 2, 3], [4], [], [5, 6]], np.int32)
+    kept = rows.masked(np.array([True, False, True, False, False, True]))
+    assert [row.tolist() for row in kept] == [[1, 3], [], [], [6]]
+    assert kept.values.dtype == np.int32

@@ -15,8 +15,9 @@ from rlhf_ray.config.schema import ModelSection, OnlineSection
 from rlhf_ray.types import Metrics, Ragged, RLBatch, Rollouts, Scores, StepInfo
 from rlhf_ray.workers.experience import ExperienceWorker
 from rlhf_ray.workers.policy import PolicyWorker
-from tests.local_roles import online_section, random_rollouts, rollouts_of, weights_of
+from tests.local_roles import online_section, weights_of
 from tests.ranks import EXACT, worker_spec
+from tests.samples import random_rollouts, rollouts_of
 from tests.tiny import tiny_model_folder
 
 INFO = StepInfo(step=0, version=0, kl_coef=0.1)

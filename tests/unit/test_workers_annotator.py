@@ -11,7 +11,7 @@ import pytest
 from rlhf_ray.config.schema import ModelSection, SimulatedAnnotator
 from rlhf_ray.types import JudgedPair, Rollouts
 from rlhf_ray.workers.annotator import AnnotatorWorker, preference_probability
-from tests.local_roles import rollouts_of
+from tests.samples import rollouts_of
 from tests.tiny import tiny_model_folder, tiny_tokenizer
 
 

@@ -12,7 +12,8 @@ from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.reporting.lineage import lineage_path, read_lineage
 from rlhf_ray.types import Metrics, Ragged, RLBatch, Rollouts, Scores, StepInfo
 from rlhf_ray.workers.experience import ExperienceWorker
-from tests.local_roles import online_section, random_rollouts, rollouts_of
+from tests.local_roles import online_section
+from tests.samples import random_rollouts, rollouts_of
 from tests.tiny import tiny_model_folder
 
 HAND = {

@@ -25,7 +25,8 @@ from rlhf_ray.roles import Done, Pending
 from rlhf_ray.types import JudgedPair, Judgement, Ragged
 from rlhf_ray.workers.feedback import FeedbackAnnotator, feedback_metrics, longest_question
 from tests.fakes import HandFedGenerator
-from tests.local_roles import LocalFeedbackEngine, prompts_of
+from tests.local_roles import LocalFeedbackEngine
+from tests.samples import prompts_of
 from tests.tiny import tiny_model_folder, tiny_tokenizer
 
 SHORT = """\

@@ -30,17 +30,9 @@ from rlhf_ray.workers.model_worker import ModelWorker
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.scalar import RewardTrainerWorker
 from tests.fakes import PowerCut, Watcher, cut_power
-from tests.local_roles import (
-    LocalPolicy,
-    logged,
-    online_roles,
-    online_section,
-    prompts_of,
-    random_rollouts,
-    stage_run,
-    weights_of,
-)
+from tests.local_roles import LocalPolicy, logged, online_roles, online_section, stage_run, weights_of
 from tests.ranks import run_ranks, worker_spec
+from tests.samples import prompts_of, random_rollouts
 from tests.tiny import tiny_model_folder
 from tests.unit.test_deepspeed_engine import batch, distance, first_moments
 
@@ -244,7 +236,7 @@ def pairs() -> PairBatch:
     rollouts = random_rollouts([(5, 6), (3, 9), (4, 4), (6, 3)])
     sequences = rollouts.sequences
     halves = [sequences.select(rows) for rows in ([0, 1], [2, 3])]
-    return PairBatch(np.array([3, 3]), halves[0], halves[1], np.zeros(2, dtype=np.float32))
+    return PairBatch(np.array([3, 3]), halves[0], halves[1], np.zeros(2, np.float32), np.ones(2, np.float32))
 
 
 def scores(network: PreTrainedModel | PeftModel, rows: Ragged) -> list[float]:

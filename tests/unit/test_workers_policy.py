@@ -14,8 +14,9 @@ from rlhf_ray.config.schema import ModelSection, OnlineSection, TrainingSection
 from rlhf_ray.types import Ragged, RLBatch, Rollouts, SFTBatch
 from rlhf_ray.workers.frozen import ReferenceWorker
 from rlhf_ray.workers.policy import PolicyWorker
-from tests.local_roles import CPU, online_section, random_rollouts, weights_of
+from tests.local_roles import CPU, online_section, weights_of
 from tests.ranks import EXACT, worker_spec
+from tests.samples import random_rollouts
 from tests.tiny import tiny_model_folder
 
 TEMPERATURE = 0.6

@@ -24,8 +24,9 @@ from rlhf_ray.models.loading import (
 from rlhf_ray.types import Ragged, Rollouts
 from rlhf_ray.workers.rewards import RewardWorker
 from rlhf_ray.workers.scalar import RewardTrainerWorker
-from tests.local_roles import reward_worker, rollouts_of
+from tests.local_roles import reward_worker
 from tests.ranks import EXACT, worker_spec
+from tests.samples import rollouts_of
 from tests.tiny import tiny_model_folder, tiny_tokenizer
 
 PROMPT = ({"role": "user", "content": "How do I boil an egg?"},)

@@ -30,9 +30,10 @@ from rlhf_ray.rewards.models import ModelSource
 from rlhf_ray.rewards.source import Samples, Values
 from rlhf_ray.types import Rollouts, Scores
 from rlhf_ray.workers.rewards import RewardWorker
-from tests.local_roles import CPU, rollouts_of
+from tests.local_roles import CPU
 from tests.ranks import EXACT
 from tests.reward_servers import answering, http_section, running
+from tests.samples import rollouts_of
 from tests.tiny import tiny_model_folder, tiny_tokenizer
 
 

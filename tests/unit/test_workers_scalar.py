@@ -21,8 +21,9 @@ from rlhf_ray.loops.supervised import evaluate_pairs
 from rlhf_ray.models.loading import load_scalar_model
 from rlhf_ray.types import PairBatch, Ragged, RLBatch
 from rlhf_ray.workers.scalar import CriticWorker, RewardTrainerWorker
-from tests.local_roles import LocalRewardTrainer, online_section, random_rollouts
+from tests.local_roles import LocalRewardTrainer, online_section
 from tests.ranks import EXACT, worker_spec
+from tests.samples import random_rollouts
 from tests.tiny import tiny_model_folder
 
 LENGTHS = [(4, 9), (12, 3), (2, 20), (7, 1)]

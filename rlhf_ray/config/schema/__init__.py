@@ -25,6 +25,7 @@ from rlhf_ray.config.schema.base import (
     Section,
 )
 from rlhf_ray.config.schema.constitution import ConstitutionSection
+from rlhf_ray.config.schema.environments import EnvironmentSection
 from rlhf_ray.config.schema.machinery import (
     CheckpointSection,
     ClusterSection,
@@ -80,6 +81,7 @@ __all__ = [
     "DatasetSection",
     "EngineSection",
     "EnsembleReward",
+    "EnvironmentSection",
     "ExactMatchReward",
     "FileAnnotator",
     "FormatReward",

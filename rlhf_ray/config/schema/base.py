@@ -33,9 +33,9 @@ class ModelSection(Section):
 
 class DatasetSection(Section):
     """
-    path: a JSONL, JSON, CSV or Parquet file (also .gz), a hub name, `embedded:NAME` (prompts, demonstrations,
-    red-team), or `reasoning_gym:TASK`: questions made by that task with its `options`, as many as `limit`
-    says (by default 1000), whose answers the reward `reasoning_gym` scores.
+    path: a JSONL, JSON, CSV or Parquet file (also .gz), a hub name, `embedded:NAME` (demonstrations, prompts,
+    red-team, guess), or `reasoning_gym:TASK`: questions made by that task with its `options`, as many as
+    `limit` says (by default 1000), whose answers the reward `reasoning_gym` scores.
     """
 
     path: str

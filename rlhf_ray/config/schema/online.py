@@ -26,6 +26,7 @@ from rlhf_ray.config.schema.base import (
     Positive,
     Section,
 )
+from rlhf_ray.config.schema.environments import EnvironmentSection
 from rlhf_ray.config.schema.rewards import Reward, judge_mistakes
 
 
@@ -54,12 +55,15 @@ class OnlineSection(Section):
     reference: ModelSection | None = Field(None, description="default: the model that training starts from")
     dataset: DatasetSection
     eval_dataset: DatasetSection | None = None
-    rewards: tuple[Reward, ...] = Field(min_length=1)
+    rewards: tuple[Reward, ...] = Field((), description="at least one, unless there is an environment")
+    environment: EnvironmentSection | None = Field(None, description="null: one answer to each prompt")
 
     num_steps: Positive
     prompts_per_step: Positive = 64
     num_generations: Positive = 1
-    max_completion_length: Positive = 64
+    max_completion_length: Positive = Field(
+        64, description="tokens of an answer; with an environment, of each"
+    )
     max_prompt_length: Positive = 512
     temperature: float = Field(1.0, gt=0)
 
@@ -111,6 +115,17 @@ class OnlineSection(Section):
         return self.prompts_per_step * self.num_generations
 
     @property
+    def max_response_length(self) -> int:
+        """Tokens after the prompt."""
+        return self.environment.max_episode_length if self.environment else self.max_completion_length
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Of the environment, where there is one, and of the sources."""
+        own = ["environment"] if self.environment is not None else []
+        return [*own, *[reward.name for reward in self.rewards]]
+
+    @property
     def uses_critic(self) -> bool:
         return self.algorithm in USES_CRITIC
 
@@ -133,22 +148,31 @@ class OnlineSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> OnlineSection:
-        mistakes = [*self._algorithm_mistakes(), *self._kl_mistakes(), *self._critic_mistakes()]
+        mistakes = [
+            *self._reward_mistakes(),
+            *self._algorithm_mistakes(),
+            *self._kl_mistakes(),
+            *self._critic_mistakes(),
+        ]
         if self.samples_per_step % self.num_mini_batches:
             mistakes.append(
                 f"num_mini_batches={self.num_mini_batches}: does not divide "
                 f"prompts_per_step * num_generations = {self.samples_per_step}"
             )
-        if all(reward.weight == 0 for reward in self.rewards):
-            mistakes.append("rewards: every weight is 0, so there is nothing to train on")
-        names = [reward.name for reward in self.rewards]
-        if len(set(names)) != len(names):
-            mistakes.append(f"rewards: names must differ, these do not: {', '.join(names)}")
-        mistakes += judge_mistakes(self.rewards)
-        mistakes += judge_mistakes(self.rewards)
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
+
+    def _reward_mistakes(self) -> list[str]:
+        mistakes = []
+        if not self.rewards and self.environment is None:
+            mistakes.append("rewards=[]: must be a list with at least 1 entry")
+        elif self.environment is None and all(reward.weight == 0 for reward in self.rewards):
+            mistakes.append("rewards: every weight is 0, so there is nothing to train on")
+        names = self.reward_names
+        if len(set(names)) != len(names):
+            mistakes.append(f"rewards: names must differ, these do not: {', '.join(names)}")
+        return mistakes + judge_mistakes(self.rewards)
 
     def _algorithm_mistakes(self) -> list[str]:
         mistakes = []
