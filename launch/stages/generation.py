@@ -6,7 +6,7 @@ from actors.group import ActorGroup
 from launch.memory import engine_memory, model_size
 from launch.placement import Placement, RoleDemand
 from launch.stages.context import StageContext, naming
-from rlhf_ray.config.schema import DatasetSection, ModelSection, RoleSection
+from rlhf_ray.config.schema import DatasetSection, ModelSection, OnlineSection, RoleSection
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.encoding import encode_prompts
 from rlhf_ray.data.formats import prompt_examples
@@ -41,12 +41,14 @@ def build_engines(
     *,
     version: int = UNKNOWN_VERSION,
     weight_backend: Backend = "gloo",
+    online: OnlineSection | None = None,
 ) -> None:
     """Begin to build the engines; see `Placement.wait_until_built`.
 
     Args:
         version: of the weights in the model's folder; unknown where the trainer will publish others.
         weight_backend: how it will send them.
+        online: of the stage whose environment replies to the answers, if it has one.
     """
     engine = context.config.engine
     arguments: list[dict[str, object]] = [
@@ -63,8 +65,7 @@ def build_engines(
         for rank, own in enumerate(arguments):
             own |= {"seed": derive_seed(context.seed, rank), "weight_backend": weight_backend}
     factory = _FACTORIES[engine.backend]
-    online = context.config.online
-    if context.name == "online" and online is not None and online.environment is not None:
+    if online is not None and online.environment is not None:
         episodes = {
             "engine": factory,
             "model": model,

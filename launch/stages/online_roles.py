@@ -105,7 +105,13 @@ class OnlineBuilder:
             backend = choose_backend(policy.gpus(), engines.gpus())
         max_model_len = self.section.max_prompt_length + self.section.max_response_length
         build_engines(
-            self.context, self.placement, engines, self.models.policy, max_model_len, weight_backend=backend
+            self.context,
+            self.placement,
+            engines,
+            self.models.policy,
+            max_model_len,
+            weight_backend=backend,
+            online=self.section,
         )
         if backend == "ipc":
             # vLLM measures how much of the GPU is free; nobody else may be loading there meanwhile.

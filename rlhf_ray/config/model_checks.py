@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from rlhf_ray.config.document import nearest
-from rlhf_ray.config.schema import EMBEDDED_MODEL, EMBEDDED_TEMPLATE, ModelSection
+from rlhf_ray.config.schema import EMBEDDED_MODEL, EMBEDDED_TEMPLATES, ModelSection
 
 Kind = Literal["language", "reward", "either"]
 
@@ -39,7 +39,7 @@ def model_mistakes(section: ModelSection, kind: Kind) -> Iterator[tuple[str, str
     """
     template = section.chat_template
     has_template = template is not None
-    if template is not None and template != EMBEDDED_TEMPLATE and not os.path.isfile(template):
+    if template is not None and template not in EMBEDDED_TEMPLATES and not os.path.isfile(template):
         yield "chat_template", f"no such file{_near_path(Path(template))}"
     for sentence in path_mistakes(section.path, kind, has_template=has_template):
         yield "path", sentence

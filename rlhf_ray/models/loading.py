@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_ray.config.schema import EMBEDDED_MODEL, EMBEDDED_TEMPLATE, ModelSection
+from rlhf_ray.config.schema import EMBEDDED_MODEL, EMBEDDED_TEMPLATES, ModelSection
 from rlhf_ray.errors import ModelError
 
 
@@ -112,8 +112,9 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def _template(name: str) -> str:
-    if name == EMBEDDED_TEMPLATE:
-        return (importlib.resources.files("rlhf_ray.data") / "embedded" / "chatml.jinja").read_text()
+    if name in EMBEDDED_TEMPLATES:
+        file = name.removeprefix("embedded:") + ".jinja"
+        return (importlib.resources.files("rlhf_ray.data") / "embedded" / file).read_text()
     try:
         return Path(name).read_text()
     except OSError as error:

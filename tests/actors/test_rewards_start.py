@@ -45,7 +45,7 @@ def context(
     }
     config = load_config({"output_dir": "runs/x", "model": {"path": "lm"}, "online": section})
     artefacts = Artefacts(policy=config.model, reward_model=trained)
-    return StageContext(config, "online", artefacts, RunFolder(Path("runs/x")), QuietProgress(), Event())
+    return StageContext(config, "online", 1, artefacts, RunFolder(Path("runs/x")), QuietProgress(), Event())
 
 
 def found(here: StageContext) -> RewardModels:

@@ -248,7 +248,7 @@ def test_parameters_without_weights_are_named(folder: Path) -> None:
     class Forgetful(ModuleWeightSource):
         def __init__(self, model: PreTrainedModel) -> None:
             super().__init__(model, torch.float32, zero_stage=0)
-            del self._parameters["model.layers.1.mlp.down_proj.weight"]
+            del self._weights["model.layers.1.mlp.down_proj.weight"]
 
     process = EngineProcess(
         VLLMGenerator, str(folder), SECTION, MAX_MODEL_LEN, threads=1, seed=0

@@ -15,7 +15,7 @@ from rlhf_ray.config.schema.algorithms import RECIPES, AlgorithmName, Recipe
 from rlhf_ray.config.schema.base import (
     EMBEDDED_CONSTITUTION,
     EMBEDDED_MODEL,
-    EMBEDDED_TEMPLATE,
+    EMBEDDED_TEMPLATES,
     DatasetSection,
     Fraction,
     ModelSection,
@@ -69,7 +69,7 @@ from rlhf_ray.config.schema.supervised import PairsSection, RewardSection, SFTSe
 __all__ = [
     "EMBEDDED_CONSTITUTION",
     "EMBEDDED_MODEL",
-    "EMBEDDED_TEMPLATE",
+    "EMBEDDED_TEMPLATES",
     "RECIPES",
     "STAGES",
     "AlgorithmName",

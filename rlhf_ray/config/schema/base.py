@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
-EMBEDDED_TEMPLATE = "embedded:chatml"
+EMBEDDED_TEMPLATES = ("embedded:chatml", "embedded:sums")
 EMBEDDED_CONSTITUTION = "embedded:constitution"
 
 Positive = Annotated[int, Field(gt=0)]
@@ -22,8 +22,9 @@ class Section(BaseModel):
 class ModelSection(Section):
     """
     path: a Hugging Face folder, a hub name, a `.gguf` file, or the embedded model.
-    chat_template: a Jinja file that replaces the tokenizer's own template, or `embedded:chatml`: ChatML
-    without a system prompt. It is saved with what is trained.
+    chat_template: a Jinja file that replaces the tokenizer's own template; or `embedded:chatml`: ChatML
+    without a system prompt; or `embedded:sums`: plain text that begins with two solved sums. It is saved with
+    what is trained.
     """
 
     path: str = EMBEDDED_MODEL
