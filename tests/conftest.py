@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import torch
 
 from tests.command_line import CommandLine
 from tests.e2e.runs import make_workplace
+from tests.leftovers import forget_ranks
 
 GIB = 1 << 30
 
@@ -66,11 +66,5 @@ def rlhf_ray(workplace: Path) -> CommandLine:
 def trl_process() -> Iterator[Executor]:
     """A process that may import TRL, and with it vLLM and Ray; one, since the import takes long."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_forget_ranks) as executor:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=forget_ranks) as executor:
         yield executor
-
-
-def _forget_ranks() -> None:
-    """Engines of other tests leave these behind, and TRL would start a process group of its own by them."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
