@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algorithms.advantages import gae
-from rlhf_ray.algorithms.rows import row_ids_of, row_sums
+from rlhf_ray.algorithms.diagnostics import RELATIVE_SPREAD
+from rlhf_ray.algorithms.rows import row_ids_of
 
 STD_FLOOR = 1e-4
 """Added to the spread of a group before it divides, as is usual."""
-RELATIVE_SPREAD = 1e-6
-"""A group whose rewards differ by less than this, relative to their size, is constant: float32 rounding."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,3 @@ def rewards_to_go(rewards: Tensor, offsets: Tensor, gamma: float) -> Tensor:
 def on_every_token(per_row: Tensor, offsets: Tensor) -> Tensor:
     """[R] each row's value [B] at all of its tokens."""
     return per_row[row_ids_of(offsets)]
-
-
-def sequence_rewards(rewards: Tensor, offsets: Tensor) -> Tensor:
-    """[B] sum of each row's token rewards [R]."""
-    return row_sums(rewards, offsets)

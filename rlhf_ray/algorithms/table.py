@@ -15,7 +15,6 @@ from rlhf_ray.algorithms.group_advantages import (
     leave_one_out,
     on_every_token,
     rewards_to_go,
-    sequence_rewards,
 )
 from rlhf_ray.algorithms.metrics import MetricSums
 from rlhf_ray.algorithms.policy_losses import (
@@ -26,6 +25,7 @@ from rlhf_ray.algorithms.policy_losses import (
     likelihood_loss,
     ppo_policy_loss,
 )
+from rlhf_ray.algorithms.rows import row_sums
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,13 @@ def remax_advantages(inputs: AdvantageInputs) -> Advantages:
 
 def best_of_group(inputs: AdvantageInputs) -> Advantages:
     """1 for the best answer to each prompt; the others are not trained on (Dong et al. 2023, RAFT)."""
-    rewards = sequence_rewards(inputs.rewards, inputs.offsets)
+    rewards = row_sums(inputs.rewards, inputs.offsets)
     is_best = on_every_token(is_best_of_group(rewards, inputs.group_ids), inputs.offsets)
     return Advantages(is_best.to(inputs.rewards.dtype), is_trained=is_best)
 
 
 def _of_sequences(inputs: AdvantageInputs, per_row: Callable[[Tensor], Tensor]) -> Advantages:
-    rewards = sequence_rewards(inputs.rewards, inputs.offsets)
+    rewards = row_sums(inputs.rewards, inputs.offsets)
     return Advantages(on_every_token(per_row(rewards), inputs.offsets))
 
 
