@@ -1,6 +1,6 @@
 """A reward model on human preferences (Anthropic's HH-RLHF, harmless): held-out accuracy over several seeds.
 
-    rlhf-ray bench reward_hh --data PATH_TO_PAIRS.jsonl.gz --seeds 0 1 2
+    rlhf-ray bench reward-hh --data PATH_TO_PAIRS.jsonl.gz --seeds 0 1 2
 
 Without --data the dataset is the hub's. Each seed splits anew, by the first human turn.
 """
@@ -77,7 +77,7 @@ def table_of(results: Sequence[SeedResult]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = seeds_parser("reward_hh", __doc__)
+    parser = seeds_parser("reward-hh", __doc__)
     parser.add_argument("--data", type=Path, help="JSONL of chosen and rejected dialogues")
     args = parser.parse_args(argv)
     overrides = [*([f"reward.dataset.path={args.data.resolve()}"] if args.data else []), *args.overrides]

@@ -356,23 +356,24 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.name not in known:
         hint = _nearest(arguments.name, known)
         raise UserError(f"no benchmark {arguments.name} (there are {', '.join(known) or 'none'}){hint}")
-    module = importlib.import_module(f"benchmarks.{arguments.name}")
+    module = importlib.import_module(f"benchmarks.{known[arguments.name]}")
     options = ["--json", arguments.json] if arguments.json else []
     rest = ["--help" if word == "--benchmark-help" else word for word in arguments.rest]
     return int(module.main([*options, *rest]) or 0)
 
 
-def _benchmarks() -> list[str]:
-    """Modules of `benchmarks` that define `main`; they are read, not imported."""
+def _benchmarks() -> dict[str, str]:
+    """Modules of `benchmarks` that define `main`, by the name of the command (`train-padded` is in
+    `train_padded`, `async` in `async_`); they are read, not imported."""
     package = importlib.import_module("benchmarks")
-    names = []
+    names = {}
     for found in pkgutil.iter_modules(package.__path__):
         spec = importlib.util.find_spec(f"benchmarks.{found.name}")
         if spec is not None and spec.origin is not None:
             tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
             if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-                names.append(found.name)
-    return sorted(names)
+                names[found.name.rstrip("_").replace("_", "-")] = found.name
+    return dict(sorted(names.items()))
 
 
 if __name__ == "__main__":
