@@ -2,13 +2,14 @@
 
 rlhf-ray bench arithmetic --algorithms grpo random ppo rloo --plot docs/studies/arithmetic.png
 
-All train on equally many answers. `random` is GRPO on a reward that is drawn by lot: whatever rises there is
-no learning. Accuracy is on questions that training has not seen, one sampled answer to each.
+Every step is as many answers for each algorithm. `random` is GRPO on a reward that is drawn by lot: whatever
+rises there is no learning. Accuracy is on questions that training has not seen, one sampled answer to each.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -109,11 +110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rlhf-ray bench arithmetic", description=__doc__)
     parser.add_argument("--algorithms", nargs="+", default=["grpo", RANDOM, "ppo", "rloo", "reinforce_pp"])
     parser.add_argument("--folder", type=Path, help="keep the runs here")
+    parser.add_argument(
+        "--beside", type=Path, nargs="*", default=[], help="JSON of earlier curves to show too"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--overrides", nargs="*", default=[], help="key.path=value")
     args = parser.parse_args(argv)
-    curves: list[Curve] = []
+    curves = [Curve(**curve) for path in args.beside for curve in json.loads(path.read_text())["result"]]
     with tempfile.TemporaryDirectory() as temporary:
         for name in args.algorithms:
             curves.append(measure(name, args.folder or Path(temporary), args.overrides))
