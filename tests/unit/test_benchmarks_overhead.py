@@ -8,7 +8,14 @@ from benchmarks.control_plane import Size, StepCost, driver_timings, recorded_pr
 from benchmarks.overhead import numbers_of, results_of
 
 STEPS = [
-    {"time/step": 10.0, "time/overhead": 0.01, "time/generate": 4.0, "time/prepare": 0.5, "time/sync": 5.4},
+    {
+        "time/step": 10.0,
+        "time/overhead": 0.01,
+        "time/generate": 4.0,
+        "time/prepare": 0.5,
+        "time/sync": 5.4,
+        "time/sync_load": 2.0,
+    },
     {"time/step": 20.0, "time/overhead": 0.03, "time/generate": 15.0, "time/prepare": 4.4, "loss": 3.0},
 ]
 
