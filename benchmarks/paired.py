@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self, get_args
 
 import numpy as np
 from rich.console import Console
@@ -28,12 +29,21 @@ STEADY = (0.97, 1.03)
 RESAMPLES = 10_000
 
 
+Bound = Literal[">=", "<="]
+
+
 @dataclass(frozen=True)
 class Goal:
     """What a ratio, or a value without a baseline, should be."""
 
-    bound: Literal[">=", "<="]
+    bound: Bound
     limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """What `str` wrote."""
+        written, limit = text.split()
+        return cls(next(bound for bound in get_args(Bound) if bound == written), float(limit))
 
     def is_met(self, value: float) -> bool:
         return value >= self.limit if self.bound == ">=" else value <= self.limit
@@ -96,8 +106,16 @@ class Result:
     def record(self) -> dict[str, object]:
         low, high = self.interval
         goal = None if self.goal is None else str(self.goal)
-        derived = {"figure": self.figure, "low": low, "high": high, "control": self.control}
+        control = self.control if self.controls else None
+        derived = {"figure": self.figure, "low": low, "high": high, "control": control}
         return {**asdict(self), **derived, "goal": goal, "verdict": self.verdict}
+
+    @classmethod
+    def from_record(cls, record: dict[str, object]) -> Self:
+        """What `record` wrote."""
+        own = {each.name: record[each.name] for each in fields(cls)}
+        goal = own.pop("goal")
+        return cls(goal=None if goal is None else Goal.parse(str(goal)), **own)  # type: ignore[arg-type]
 
 
 def compare(
@@ -189,7 +207,7 @@ def run_claim(
     )
     add_options(parser)
     args = parser.parse_args(argv)
-    console = Console()
+    console = open_console()
     with tempfile.TemporaryDirectory() as temporary:
         results = measure(options_of(args, args.folder or Path(temporary), console))
     write_results(args.json, results)
@@ -197,6 +215,11 @@ def run_claim(
         (plot or plot_pairs)(results, args.plot)
     console.print(table_of(results))
     return 0
+
+
+def open_console() -> Console:
+    """As wide as the terminal; in a file or a pipe, wide enough for the table."""
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -221,24 +244,32 @@ def write_results(path: Path | None, results: Sequence[Result]) -> None:
         path.write_text(json.dumps(record, indent=2) + "\n")
 
 
+COLUMNS = ("", "ours", "baseline", "unit", "ratio", "95 %", "goal", "control", "verdict")
+
+
+def cells_of(result: Result) -> tuple[str, ...]:
+    """A row of the table, one text a column."""
+    low, high = result.interval
+    has_baseline = bool(result.baseline)
+    return (
+        f"{result.claim} {result.case}".strip(),
+        f"{np.median(result.ours):.4g}",
+        f"{np.median(result.baseline):.4g}" if has_baseline else "",
+        result.unit,
+        f"{result.figure:.3f}" if has_baseline else "",
+        f"{low:.3g}-{high:.3g}",
+        "" if result.goal is None else str(result.goal),
+        f"{result.control:.3f}" if result.controls else "",
+        result.verdict,
+    )
+
+
 def table_of(results: Sequence[Result]) -> Table:
     table = Table(title="ours against the baseline, medians; the ratio is of pairs")
-    for column in ("", "ours", "baseline", "unit", "ratio", "95 %", "goal", "control", ""):
-        table.add_column(column, justify="left" if column in ("", "unit") else "right")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("", "unit", "verdict") else "right")
     for result in results:
-        low, high = result.interval
-        has_baseline = bool(result.baseline)
-        table.add_row(
-            f"{result.claim} {result.case}".strip(),
-            f"{np.median(result.ours):.4g}",
-            f"{np.median(result.baseline):.4g}" if has_baseline else "",
-            result.unit,
-            f"{result.figure:.3f}" if has_baseline else "",
-            f"{low:.3g}-{high:.3g}",
-            "" if result.goal is None else str(result.goal),
-            f"{result.control:.3f}" if result.controls else "",
-            result.verdict,
-        )
+        table.add_row(*cells_of(result))
     return table
 
 

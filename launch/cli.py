@@ -8,12 +8,9 @@ Nothing heavy is imported before a command is known: `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
 import importlib
-import importlib.util
 import os
-import pkgutil
 import re
 import sys
 import traceback
@@ -101,32 +98,18 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         raise UserError(
             f"no command {command} (there are {', '.join(commands)}){_nearest(command, commands)}"
         )
-    if command == "bench":
-        # A benchmark has options of its own, and its own --help.
-        words = _without_own_help(words)
     arguments, left = parser.parse_known_args(words)
     if command is None:
         parser.error("which command?")
     unknown = [word.partition("=")[0] for word in left if word.startswith("-")]
-    if unknown and command != "bench":
+    if unknown:
         options = re.findall(r"--[\w-]+", commands[command].format_help())
         raise UserError(f"{command} has no option {unknown[0]}{_nearest(unknown[0], options)}")
     if command in ("train", "check"):
         arguments.overrides = [*arguments.overrides, *left]
-    elif command == "bench":
-        arguments.rest = left
     elif left:
         raise UserError(f"{command}: what is {' '.join(left)} for? see rlhf-ray {command} --help")
     return arguments
-
-
-def _without_own_help(words: Sequence[str]) -> list[str]:
-    """With --help after a benchmark's name handed on to the benchmark."""
-    names = [index for index, word in enumerate(words) if not word.startswith("-")]
-    if len(names) < 2:
-        return list(words)
-    first, own = words[: names[1] + 1], words[names[1] + 1 :]
-    return [*first, *("--benchmark-help" if word in ("-h", "--help") else word for word in own)]
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -166,9 +149,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     generate.add_argument("--seed", type=int, default=0)
     report = add("report", _report, "Show the closing table of a run again.")
     report.add_argument("run", metavar="RUN", type=Path, help="the run's output_dir")
-    bench = add("bench", _bench, "Measure one of the README's claims; further options go to the benchmark.")
-    bench.add_argument("name", metavar="NAME")
-    bench.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    bench = add("bench", _bench, "Measure one of the README's claims; without a name, list them.")
+    bench.add_argument("name", metavar="NAME", nargs="?")
+    bench.add_argument(
+        "words", metavar="OPTIONS", nargs=argparse.REMAINDER, help="of the benchmark; see NAME --help"
+    )
     return parser, commands
 
 
@@ -352,28 +337,10 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    known = _benchmarks()
-    if arguments.name not in known:
-        hint = _nearest(arguments.name, known)
-        raise UserError(f"no benchmark {arguments.name} (there are {', '.join(known) or 'none'}){hint}")
-    module = importlib.import_module(f"benchmarks.{known[arguments.name]}")
-    options = ["--json", arguments.json] if arguments.json else []
-    rest = ["--help" if word == "--benchmark-help" else word for word in arguments.rest]
-    return int(module.main([*options, *rest]) or 0)
+    from launch.bench import run_benchmark
 
-
-def _benchmarks() -> dict[str, str]:
-    """Modules of `benchmarks` that define `main`, by the name of the command (`train-padded` is in
-    `train_padded`, `async` in `async_`); they are read, not imported."""
-    package = importlib.import_module("benchmarks")
-    names = {}
-    for found in pkgutil.iter_modules(package.__path__):
-        spec = importlib.util.find_spec(f"benchmarks.{found.name}")
-        if spec is not None and spec.origin is not None:
-            tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-            if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-                names[found.name.rstrip("_").replace("_", "-")] = found.name
-    return dict(sorted(names.items()))
+    # --debug is ours wherever it stands; the rest is the benchmark's.
+    return run_benchmark(arguments.name, [word for word in arguments.words if word != "--debug"])
 
 
 if __name__ == "__main__":

@@ -238,13 +238,21 @@ def test_bench_runs_a_module_with_its_options(
 ) -> None:
     import benchmarks
 
-    (tmp_path / "speedy.py").write_text("def main(argv):\n    print(argv)\n    return 0\n")
+    (tmp_path / "speedy.py").write_text(
+        '"""How fast it is.\n\nMore."""\ndef main(argv):\n    print(argv)\n    return 0\n'
+    )
     (tmp_path / "helper.py").write_text("raise SystemExit('a helper is not imported')\n")
     monkeypatch.setattr(benchmarks, "__path__", [str(tmp_path)])
     assert main(["bench", "speedy", "--json", "out.json", "--steps", "3"]) == 0
     assert capsys.readouterr().out == "['--json', 'out.json', '--steps', '3']\n"
     assert main(["bench", "speedy", "--help"]) == 0
     assert capsys.readouterr().out == "['--help']\n", "its own help"
+    assert main(["bench", "speedy", "key.path=3", "--debug", "-h", "more"]) == 0
+    assert capsys.readouterr().out == "['key.path=3', '-h', 'more']\n", "what is not ours, in its order"
+    assert main(["bench"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "  speedy  How fast it is."
+    assert main(["bench", "--help"]) == 0
+    assert "[NAME]" in capsys.readouterr().out
     assert main(["bench", "speed"]) == 2
     assert (
         capsys.readouterr().err == "rlhf-ray: no benchmark speed (there are speedy); did you mean speedy?\n"

@@ -101,6 +101,29 @@ def test_batches_survive_pickling_and_read_only_arrays() -> None:
     assert rows_of(batch.select([0, 0]).tokens) == [[1, 2], [1, 2]]
 
 
+@pytest.mark.parametrize("value", [np.True_, np.int32(7), np.float32(-0.5), np.float32("nan")])
+def test_what_is_the_same_everywhere_travels_as_one(value: np.generic) -> None:
+    many = Ragged.from_lengths(np.full(100_000, value), [99_999, 1])
+    for column in (many, many.filled(value)):
+        sent = pickle.dumps(column, protocol=5)
+        assert len(sent) < 1_000
+        came = pickle.loads(sent)
+        assert came.values.dtype == many.values.dtype
+        assert came.values.tobytes() == many.values.tobytes()
+        assert came.offsets.tolist() == [0, 99_999, 100_000]
+        assert len(pickle.dumps(came, protocol=5)) < 1_000, "and goes on as one"
+        assert came.select([1, 1]).values.tobytes() == many.values[:2].tobytes()
+
+
+@pytest.mark.parametrize("position", [0, 1, 70_000, 99_999])
+def test_what_differs_anywhere_travels_whole(position: int) -> None:
+    values = np.zeros(100_000, dtype=np.float32)
+    values[position] = -0.0  # equal, but not the same
+    column = Ragged.from_lengths(values, [100_000])
+    came = pickle.loads(pickle.dumps(column, protocol=5))
+    assert came.values.tobytes() == values.tobytes()
+
+
 def test_prompts_keep_columns_with_their_rows() -> None:
     turns = tuple(({"role": "user", "content": name},) for name in "ab")
     prompts = Prompts(np.array([5, 6]), turns, ragged([1], [2]), ({"k": 1}, {"k": 2}))
