@@ -56,7 +56,7 @@ def run_preference(context: StageContext) -> Metrics:
     section = context.config.preference
     assert section is not None
     model = context.model("model", section.model)
-    data = _data(context, section, context.formatter(model))
+    data = answers_of(context, section, context.formatter(model))
     reference = None
     if PREFERENCE_ALGORITHMS[section.algorithm].needs_reference:
         reference = context.model("reference", section.reference, default=section.model)
@@ -176,7 +176,7 @@ def _start_reference(
 # Data
 
 
-def _data(context: StageContext, section: PreferenceSection, formatter: ChatFormatter) -> PreferenceData:
+def answers_of(context: StageContext, section: PreferenceSection, formatter: ChatFormatter) -> PreferenceData:
     dataset = pairs_dataset(context, section, "preference")
     is_unpaired = isinstance(PREFERENCE_ALGORITHMS[section.algorithm], UnpairedAlgorithm)
     max_length = section.max_length

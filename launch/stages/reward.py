@@ -10,6 +10,8 @@ import numpy as np
 from actors.roles import RemoteRewardTrainer
 from launch.stages.context import StageContext
 from launch.stages.pairs import pairs_dataset, split
+from rlhf_ray.config.schema import RewardSection
+from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.encoding import encode_pairs
 from rlhf_ray.data.formats import PreferenceExample, preference_examples
 from rlhf_ray.data.skipped import Skipped
@@ -20,16 +22,8 @@ from rlhf_ray.types import Metrics, PairBatch
 def run_reward(context: StageContext) -> Metrics:
     section = context.config.reward
     assert section is not None
-    dataset = pairs_dataset(context, section, "reward")
     model = context.model("model", section.model)
-    examples = context.examples(dataset, preference_examples)
-    formatter = context.formatter(model)
-
-    def encode(part: Sequence[PreferenceExample]) -> tuple[PairBatch, Skipped]:
-        pairs, skipped = encode_pairs(part, formatter, section.max_length)
-        return pairs if section.use_margin else replace(pairs, margin=np.zeros_like(pairs.margin)), skipped
-
-    train, held_out = split(context, section, examples, encode)
+    train, held_out = pairs_of(context, section, context.formatter(model))
     steps = total_steps(len(train), section.batch_size, section.num_epochs, section.max_steps)
     # The model in training has the placement of the policy: `placement.reward` is for the frozen one.
     demand = context.demand_trained("policy", model)
@@ -60,3 +54,16 @@ def run_reward(context: StageContext) -> Metrics:
         loop()
         trainer.save_model(context.folder.model.resolve()).result()
         return run.last_metrics
+
+
+def pairs_of(
+    context: StageContext, section: RewardSection, formatter: ChatFormatter
+) -> tuple[PairBatch, PairBatch]:
+    """Pairs to train on, and held-out ones."""
+    dataset = pairs_dataset(context, section, "reward")
+
+    def encode(part: Sequence[PreferenceExample]) -> tuple[PairBatch, Skipped]:
+        pairs, skipped = encode_pairs(part, formatter, section.max_length)
+        return pairs if section.use_margin else replace(pairs, margin=np.zeros_like(pairs.margin)), skipped
+
+    return split(context, section, context.examples(dataset, preference_examples), encode)
