@@ -101,9 +101,17 @@ def read_part(path: Path) -> list[JudgedPair]:
 
 
 def judged_by_people(name: str, examples: Sequence[PreferenceExample]) -> list[JudgedPair]:
-    """Existing human preferences as pairs with one annotator's vote."""
+    """Existing human preferences as pairs with one annotator's vote, and with its probability where the
+    dataset gives a `soft_label` below 1."""
     return [
-        JudgedPair(example.id, tuple(example.messages), (example.rejected, example.chosen), {name: 1}, {})
+        JudgedPair(
+            prompt_id=example.id,
+            messages=tuple(example.messages),
+            answers=(example.rejected, example.chosen),
+            votes={name: 1} if example.soft_label > 0.5 else {},
+            gold={},
+            probabilities={name: example.soft_label} if example.soft_label < 1 else {},
+        )
         for example in examples
     ]
 
@@ -145,8 +153,9 @@ def write_dataset(path: Path, pairs: Sequence[JudgedPair]) -> int:
     """Write the pairs that have a winner in TRL's conversational format; returns how many.
 
     Besides `prompt`, `chosen`, `rejected`: `margin` (lead of the winner, 0 to 1), `votes` (annotator ->
-    whether it chose the winner); from feedback models `soft_label`, P(chosen is better), 0.5 to 1, as the
-    mean over annotators; from simulated annotators `gold_chosen` and `gold_rejected` by the first.
+    whether it chose the winner); where an annotator gave more than a vote `soft_label`, P(chosen is better),
+    0.5 to 1, as the mean over annotators; from simulated annotators `gold_chosen` and `gold_rejected` by the
+    first.
 
     Raises:
         DataError: every pair is a draw, or there is none.

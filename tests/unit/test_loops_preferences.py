@@ -155,6 +155,24 @@ def test_peoples_preferences_are_votes(tmp_path: Path) -> None:
     assert (pair.answers[pair.votes["people"]], pair.preferred, pair.prompt_id) == ("good", 1, 7)
 
 
+def test_peoples_soft_labels_are_kept(tmp_path: Path) -> None:
+    """One who is exactly undecided prefers neither, and the pair teaches nothing."""
+    source = tmp_path / "people.jsonl"
+    rows = [
+        {"prompt": "How so?", "chosen": f"good {label}", "rejected": "bad", "soft_label": label}
+        for label in (0.8, 1.0, 0.5)
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples, _ = preference_examples(load_rows(DatasetSection(path=str(source)), seed=0))
+    path = tmp_path / "preferences.jsonl"
+    assert write_dataset(path, judged_by_people("people", examples)) == 2
+    again, _ = preference_examples(load_rows(DatasetSection(path=str(path)), seed=0))
+    assert [(pair.chosen, pair.soft_label) for pair in again] == [
+        ("good 0.8", pytest.approx(0.8)),
+        ("good 1.0", 1.0),
+    ]
+
+
 SECTION = PreferencesSection(
     annotators=(SimulatedAnnotator(name="one", function="tests.fakes:num_vowels", temperature=1.0),),
     num_generations=3,
