@@ -11,7 +11,8 @@ from typing import Protocol, cast
 import krippendorff
 import numpy as np
 
-from rlhf_ray.config.schema import PreferencesSection
+from rlhf_ray.config.schema import ConstitutionAnnotator, PreferencesSection
+from rlhf_ray.data.constitution import Constitution
 from rlhf_ray.data.formats import PreferenceExample
 from rlhf_ray.errors import DataError
 from rlhf_ray.loops.parts import Parts
@@ -30,6 +31,9 @@ class Annotators(Protocol):
 
 
 class Feedback(Protocol):
+    section: ConstitutionAnnotator
+    constitution: Constitution
+
     def judge(self, pairs: Sequence[JudgedPair]) -> list[JudgedPair]:
         """The pairs with one more opinion."""
         ...
@@ -52,7 +56,7 @@ class PreferencesLoop:
 
     def __call__(self) -> list[JudgedPair]:
         run, parts = self.run, self.parts
-        parts.check_same_division()
+        parts.check_same_origin()
         run.begin(len(parts.done()), len(parts))
         for step, rows in parts.left():
             seed = derive_seed(run.seed, step)
@@ -68,7 +72,12 @@ class PreferencesLoop:
 
     @property
     def parts(self) -> Parts:
-        return Parts(self.run.folder.rollouts, "pairs", len(self.prompts), self.section.prompts_per_step)
+        principles = {
+            f"annotator {model.section.name}": model.constitution.fingerprint for model in self.feedback
+        }
+        return Parts(
+            self.run.folder.rollouts, "pairs", self.prompts, self.section.prompts_per_step, principles
+        )
 
     @property
     def sampling(self) -> SamplingSpec:

@@ -256,6 +256,10 @@ def test_a_feedback_model_in_the_engine_that_answers(model: ModelSection, tmp_pa
     interrupt = Event()
     with pytest.raises(Interrupted):
         collect(loop(tmp_path / "stopped", progress=Watcher(1, interrupt.set), interrupt=interrupt))
+    ai.constitution = replace(ai.constitution, fingerprint="another")
+    with pytest.raises(CheckpointError, match="begun with other principles of annotator ai; resume with"):
+        collect(loop(tmp_path / "stopped"))
+    ai.constitution = load_constitution(str(tmp_path / "short.yaml"))
     assert collect(loop(tmp_path / "stopped")) == expected
     assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
     assert logged(tmp_path / "whole")[0]["preferences/principle/kind"] == 4.0
@@ -283,3 +287,6 @@ def test_another_dataset_is_refused(model: ModelSection, tmp_path: Path) -> None
         CheckpointError, match="begun with 5 prompts, 2 a step, and now there are 4, 2 a step"
     ):
         collect(other)
+    changed = replace(first.prompts, columns=({"gold": 1},) * 5)
+    with pytest.raises(CheckpointError, match="begun with other prompts: the dataset has changed since"):
+        collect(replace(first, prompts=changed))
