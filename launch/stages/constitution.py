@@ -41,8 +41,8 @@ def run_constitution(context: StageContext) -> Metrics:
     context.data[constitution.source] = constitution.fingerprint
     longest = max_model_length(model) - section.max_completion_length
     prompts = load_prompts(context, section.dataset, formatter, longest)
-    parts = revision_parts(section, context.folder, len(prompts))
-    parts.check_same_division()
+    parts = revision_parts(section, context.folder, prompts, constitution)
+    parts.check_same_origin()
     if len(parts.done()) < len(parts):
         _revise(context, model, formatter, constitution, prompts)
     revisions = read_all(parts)

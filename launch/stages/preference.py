@@ -14,6 +14,7 @@ from launch.placement import Placement, RoleDemand
 from launch.stages.context import StageContext
 from launch.stages.pairs import pairs_dataset, split
 from rlhf_ray.algorithms.preference_optimisation import PREFERENCE_ALGORITHMS, UnpairedAlgorithm
+from rlhf_ray.config.preference_checks import soft_label_mistake, soft_rows
 from rlhf_ray.config.schema import ModelSection, PreferenceSection
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.encoding import encode_pairs
@@ -211,9 +212,8 @@ def _unpaired_examples(table: Table) -> tuple[list[LabelledExample | PreferenceE
 
 
 def _check_soft_labels(section: PreferenceSection, source: str, pairs: list[PreferenceExample]) -> None:
-    fitting = [name for name, row in PREFERENCE_ALGORITHMS.items() if row.takes_soft_labels]
-    if section.algorithm not in fitting and any(pair.soft_label < 1 for pair in pairs):
-        raise ConfigError(
-            f"preference.algorithm={section.algorithm}: {source} has rows with a soft_label below 1, which "
-            f"only {' and '.join(fitting)} can use; use one of them, or remove the column"
-        )
+    """The rows that a check before the run did not see."""
+    if not any(pair.soft_label < 1 for pair in pairs):
+        return
+    if (mistake := soft_label_mistake(section.algorithm, soft_rows(source))) is not None:
+        raise ConfigError(f"preference.algorithm={section.algorithm}: {mistake}, or remove the column")

@@ -16,6 +16,7 @@ from rlhf_ray.config.document import Document, KeyPath, Raw, plain
 from rlhf_ray.config.loading import parse_document, read_document
 from rlhf_ray.config.model_checks import Kind, linear_names, max_positions, model_mistakes
 from rlhf_ray.config.parts import Parts
+from rlhf_ray.config.preference_checks import preference_mistakes
 from rlhf_ray.config.reward_checks import reward_mistakes
 from rlhf_ray.config.schema import (
     ConstitutionAnnotator,
@@ -337,6 +338,7 @@ _CHECKS: tuple[Callable[[Parts], Iterator[Finding]], ...] = (
     _lengths,
     _adapters,
     _inputs,
+    preference_mistakes,
     _ranks,
     _engine,
     _logging,

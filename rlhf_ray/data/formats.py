@@ -161,6 +161,24 @@ def reward_columns(section: DatasetSection) -> list[str] | None:
     return None if rows is None else [name for name in columns_of(rows) if name not in ("prompt", "messages")]
 
 
+def has_soft_labels(section: DatasetSection, purpose: Purpose) -> bool:
+    """Whether one of the first rows is a pair with a `soft_label` below 1; False where it cannot be told."""
+    try:
+        rows = first_rows(section, ROWS_CHECKED)
+        if rows is None or "chosen" not in _form(columns_of(rows), purpose, section.path):
+            return False
+    except DataError:
+        return False
+    return any(_is_soft(row) for row in rows)
+
+
+def _is_soft(row: Row) -> bool:
+    try:
+        return _soft_label(row) < 1
+    except UnusableRow:
+        return False
+
+
 def _form(columns: Sequence[str], purpose: Purpose, source: str) -> tuple[str, ...]:
     """The first alternative whose columns are all there."""
     if purpose == "prompts" and (taken := [name for name in REWARD_ARGUMENTS if name in columns]):

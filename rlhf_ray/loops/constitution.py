@@ -51,7 +51,7 @@ class RevisionLoop:
 
     def __call__(self) -> list[Revision]:
         run, parts = self.run, self.parts
-        parts.check_same_division()
+        parts.check_same_origin()
         run.begin(len(parts.done()), len(parts))
         for step, rows in parts.left():
             revisions = self.revise(self.prompts.select(rows))
@@ -62,7 +62,7 @@ class RevisionLoop:
 
     @property
     def parts(self) -> Parts:
-        return revision_parts(self.section, self.run.folder, len(self.prompts))
+        return revision_parts(self.section, self.run.folder, self.prompts, self.constitution)
 
     def revise(self, prompts: Prompts) -> list[Revision]:
         section = self.section
@@ -156,8 +156,11 @@ class RevisionLoop:
         return Rollouts.concat([chunk.result() for chunk in chunks])
 
 
-def revision_parts(section: ConstitutionSection, folder: RunFolder, num_prompts: int) -> Parts:
-    return Parts(folder.rollouts, "revisions", num_prompts, section.prompts_per_step)
+def revision_parts(
+    section: ConstitutionSection, folder: RunFolder, prompts: Prompts, constitution: Constitution
+) -> Parts:
+    principles = {"the constitution": constitution.fingerprint}
+    return Parts(folder.rollouts, "revisions", prompts, section.prompts_per_step, principles)
 
 
 def read_all(parts: Parts) -> list[Revision]:

@@ -11,7 +11,8 @@ from typing import Protocol, cast
 import krippendorff
 import numpy as np
 
-from rlhf_ray.config.schema import PreferencesSection
+from rlhf_ray.config.schema import ConstitutionAnnotator, PreferencesSection
+from rlhf_ray.data.constitution import Constitution
 from rlhf_ray.data.formats import PreferenceExample
 from rlhf_ray.errors import DataError
 from rlhf_ray.loops.parts import Parts
@@ -30,6 +31,9 @@ class Annotators(Protocol):
 
 
 class Feedback(Protocol):
+    section: ConstitutionAnnotator
+    constitution: Constitution
+
     def judge(self, pairs: Sequence[JudgedPair]) -> list[JudgedPair]:
         """The pairs with one more opinion."""
         ...
@@ -52,7 +56,7 @@ class PreferencesLoop:
 
     def __call__(self) -> list[JudgedPair]:
         run, parts = self.run, self.parts
-        parts.check_same_division()
+        parts.check_same_origin()
         run.begin(len(parts.done()), len(parts))
         for step, rows in parts.left():
             seed = derive_seed(run.seed, step)
@@ -68,7 +72,12 @@ class PreferencesLoop:
 
     @property
     def parts(self) -> Parts:
-        return Parts(self.run.folder.rollouts, "pairs", len(self.prompts), self.section.prompts_per_step)
+        principles = {
+            f"annotator {model.section.name}": model.constitution.fingerprint for model in self.feedback
+        }
+        return Parts(
+            self.run.folder.rollouts, "pairs", self.prompts, self.section.prompts_per_step, principles
+        )
 
     @property
     def sampling(self) -> SamplingSpec:
@@ -101,9 +110,17 @@ def read_part(path: Path) -> list[JudgedPair]:
 
 
 def judged_by_people(name: str, examples: Sequence[PreferenceExample]) -> list[JudgedPair]:
-    """Existing human preferences as pairs with one annotator's vote."""
+    """Existing human preferences as pairs with one annotator's vote, and with its probability where the
+    dataset gives a `soft_label` below 1."""
     return [
-        JudgedPair(example.id, tuple(example.messages), (example.rejected, example.chosen), {name: 1}, {})
+        JudgedPair(
+            prompt_id=example.id,
+            messages=tuple(example.messages),
+            answers=(example.rejected, example.chosen),
+            votes={name: 1} if example.soft_label > 0.5 else {},
+            gold={},
+            probabilities={name: example.soft_label} if example.soft_label < 1 else {},
+        )
         for example in examples
     ]
 
@@ -145,8 +162,9 @@ def write_dataset(path: Path, pairs: Sequence[JudgedPair]) -> int:
     """Write the pairs that have a winner in TRL's conversational format; returns how many.
 
     Besides `prompt`, `chosen`, `rejected`: `margin` (lead of the winner, 0 to 1), `votes` (annotator ->
-    whether it chose the winner); from feedback models `soft_label`, P(chosen is better), 0.5 to 1, as the
-    mean over annotators; from simulated annotators `gold_chosen` and `gold_rejected` by the first.
+    whether it chose the winner); where an annotator gave more than a vote `soft_label`, P(chosen is better),
+    0.5 to 1, as the mean over annotators; from simulated annotators `gold_chosen` and `gold_rejected` by the
+    first.
 
     Raises:
         DataError: every pair is a draw, or there is none.

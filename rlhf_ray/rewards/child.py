@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import cast
 
@@ -31,9 +32,13 @@ GRACE = 2.0
 
 class ChildFunction:
     """
+    A function is asked about a whole batch, and a verifier about one answer after the other, so that one
+    which it never judges takes no others with it.
+
     Args:
         function: import path, or the section of a verifier.
-        timeout: seconds a batch. The first batch also waits for the process to start, which does not count.
+        timeout: seconds a batch, or an answer. The first also waits for the process to start, which does not
+            count.
     """
 
     def __init__(self, name: str, function: str | TextVerifier, timeout: float) -> None:
@@ -43,25 +48,52 @@ class ChildFunction:
         self._child: _Child | None = None
 
     async def score(self, samples: Samples) -> Values:
-        return Values(await asyncio.to_thread(self._score, samples))
+        is_verifier = not isinstance(self.function, str)
+        return await asyncio.to_thread(self._one_by_one if is_verifier else self._together, samples)
 
-    def _score(self, samples: Samples) -> NDArray[np.float32]:
-        child = self._started()
-        child.connection.send((samples.prompts, samples.completions, samples.rollouts.columns))
-        start = time.monotonic()
-        try:
-            answer = child.receive(self.timeout + GRACE)
-        except (TimeoutError, EOFError) as error:
-            code = self._kill()
-            if time.monotonic() - start < self.timeout:
-                raise RewardError(f"reward '{self.name}': its process died with exit code {code}") from error
-            raise RewardError(
-                f"reward '{self.name}' did not answer within timeout={self.timeout:g} s and was killed; "
-                "the log of the reward actor shows where it was"
-            ) from error
+    def _together(self, samples: Samples) -> Values:
+        (answer,) = self._answers([samples])
         if isinstance(answer, RlhfRayError):
             raise answer
-        return cast(NDArray[np.float32], answer)
+        return Values(answer)
+
+    def _one_by_one(self, samples: Samples) -> Values:
+        rewards = np.full(len(samples), np.nan, dtype=np.float32)
+        failures = {}
+        for row, answer in enumerate(self._answers([samples.select([row]) for row in range(len(samples))])):
+            if isinstance(answer, RlhfRayError):
+                failures[row] = str(answer).removeprefix(f"reward '{self.name}'").lstrip(": ")
+            else:
+                rewards[row] = answer[0]
+        return Values(rewards, failures=failures)
+
+    def _answers(self, batches: Sequence[Samples]) -> Iterator[NDArray[np.float32] | RlhfRayError]:
+        """The rewards of each batch, or why there are none; after one that was the end of the process,
+        another process goes on."""
+        left = list(batches)
+        while left:
+            child = self._started()
+            child.connection.send([(b.prompts, b.completions, b.rollouts.columns) for b in left])
+            while left and self._child is child:
+                del left[0]
+                yield self._next_answer(child)
+
+    def _next_answer(self, child: _Child) -> NDArray[np.float32] | RlhfRayError:
+        start = time.monotonic()
+        try:
+            return cast(NDArray[np.float32] | RlhfRayError, child.receive(self.timeout + GRACE))
+        except TimeoutError:
+            self._kill()
+        except EOFError:
+            code = self._kill()
+            # Its own limit ends it with 1. That clock began to run when it had sent the last answer, which
+            # may be a little before this one.
+            if code != 1 or time.monotonic() - start < self.timeout / 2:
+                return RewardError(f"reward '{self.name}': its process died with exit code {code}")
+        return RewardError(
+            f"reward '{self.name}' did not answer within timeout={self.timeout:g} s and was killed; "
+            "the log of the reward actor shows where it was"
+        )
 
     def _started(self) -> _Child:
         if self._child is not None and self._child.process.poll() is not None:
@@ -130,18 +162,19 @@ def main(descriptor: int) -> None:
     connection.send(None)
     while True:
         try:
-            arguments = connection.recv()
+            batches = connection.recv()
         except EOFError:  # the parent has gone
             return
-        # In C: it fires whatever Python is doing, says where that was, and outlives a killed parent.
-        faulthandler.dump_traceback_later(timeout, exit=True)
-        answer: object
-        try:
-            answer = scorer(*arguments)
-        except RewardError as error:
-            answer = error
-        faulthandler.cancel_dump_traceback_later()
-        connection.send(answer)
+        for arguments in batches:
+            # In C: it fires whatever Python is doing, says where that was, and outlives a killed parent.
+            faulthandler.dump_traceback_later(timeout, exit=True)
+            answer: object
+            try:
+                answer = scorer(*arguments)
+            except RewardError as error:
+                answer = error
+            faulthandler.cancel_dump_traceback_later()
+            connection.send(answer)
 
 
 def _built(function: str | TextVerifier) -> str | TextFunction:

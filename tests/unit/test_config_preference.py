@@ -139,3 +139,52 @@ def test_beta_is_the_algorithms_unless_it_is_written(algorithm: str, beta: float
 )
 def test_one_mistake(tree: Tree, overrides: list[str], message: str) -> None:
     assert mistakes(tree, *overrides) == ([message] if message else [])
+
+
+ONLY = "which only dpo and ipo and hinge can use; use one of them"
+
+
+@pytest.mark.parametrize("algorithm", ["orpo", "simpo", "kto"])
+def test_soft_labels_of_a_file_need_an_algorithm_that_takes_them(tree: Tree, algorithm: str) -> None:
+    pairs = [
+        {"prompt": "Why?", "chosen": f"Because {label}.", "rejected": "No.", "soft_label": label}
+        for label in (1.0, 0.9)
+    ]
+    Path("soft.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    own = "preference.dataset.path=soft.jsonl"
+    (said,) = mistakes(tree, own, f"preference.algorithm={algorithm}")
+    assert said == (
+        f"preference.algorithm={algorithm}: soft.jsonl has rows with a soft_label below 1, {ONLY}, or remove "
+        "the column"
+    )
+    assert mistakes(tree, own, "preference.algorithm=ipo") == []
+    Path("soft.jsonl").write_text(json.dumps(pairs[0]) + "\n")
+    assert mistakes(tree, own, f"preference.algorithm={algorithm}") == [], "1 is what a plain choice has"
+
+
+def test_kto_reads_single_answers_which_have_no_soft_label(tree: Tree) -> None:
+    row = {"prompt": "Why?", "completion": "Because.", "label": True, "soft_label": 0.8}
+    Path("answers.jsonl").write_text(json.dumps(row) + "\n")
+    assert mistakes(tree, "preference.dataset.path=answers.jsonl", "preference.algorithm=kto") == []
+
+
+@pytest.mark.parametrize(
+    ("annotator", "has_them", "remedy"),
+    [
+        ("{type: constitution, name: ai}", "annotator ai gives soft labels", "leave it out"),
+        (
+            "{type: file, name: people, dataset: {path: soft.jsonl}}",
+            "annotator people: soft.jsonl has rows with a soft_label below 1",
+            "remove the column",
+        ),
+    ],
+)
+def test_soft_labels_of_an_annotator(tree: Tree, annotator: str, has_them: str, remedy: str) -> None:
+    row = {"prompt": "Why?", "chosen": "Because.", "rejected": "No.", "soft_label": 0.7}
+    Path("soft.jsonl").write_text(json.dumps(row) + "\n")
+    own = f"preferences.annotators=[{{type: simulated, name: votes}}, {annotator}]"
+    (said,) = mistakes(tree, own, "preference.algorithm=simpo")
+    assert said == f"preference.algorithm=simpo: {has_them}, {ONLY}, or {remedy}"
+    assert mistakes(tree, own, "preference.algorithm=dpo") == []
+    elsewhere = "preference.dataset.path=pairs.jsonl"
+    assert mistakes(tree, own, elsewhere, "preference.algorithm=simpo") == []

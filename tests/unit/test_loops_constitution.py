@@ -257,6 +257,9 @@ def test_neither_engines_nor_steps_matter(constitution: Constitution, model: Pat
 
 def test_another_dataset_is_refused(constitution: Constitution, model: Path, tmp_path: Path) -> None:
     collect(revision_loop(real_engines(model), constitution, tmp_path))
+    other = revision_loop(real_engines(model), constitution, tmp_path, [*TEXTS[:4], "warm water"])
+    with pytest.raises(CheckpointError, match="begun with other prompts: the dataset has changed since"):
+        collect(other)
     other = revision_loop(real_engines(model), constitution, tmp_path, TEXTS[:4])
     with pytest.raises(CheckpointError, match="begun with 5 prompts, 2 a step"):
         collect(other)
@@ -342,3 +345,27 @@ def test_other_seeds_say_other_things(constitution: Constitution, model: Path, t
     other = replace(loop, run=replace(stage_run(tmp_path / "two"), seed=12))
     ours, theirs = collect(loop), collect(other)
     assert np.mean([a.answer != b.answer for a, b in zip(ours, theirs, strict=True)]) > 0.5
+
+
+def test_another_constitution_is_refused(constitution: Constitution, model: Path, tmp_path: Path) -> None:
+    interrupt = Event()
+    stop = Watcher(1, interrupt.set)
+    first = revision_loop(
+        real_engines(model), constitution, tmp_path / "run", progress=stop, interrupt=interrupt
+    )
+    with pytest.raises(Interrupted):
+        collect(first)
+    before = first.parts.done()
+    edited = tmp_path / "edited.yaml"
+    edited.write_text(PRINCIPLES.replace("Be kind.", "Be kinder."))
+    other = revision_loop(Scripted({}), load_constitution(str(edited)), tmp_path / "run")
+    with pytest.raises(
+        CheckpointError,
+        match="begun with other principles of the constitution; resume with the same, or start a new run in "
+        "another output_dir",
+    ):
+        collect(other)
+    assert other.parts.done() == before
+    edited.write_text(PRINCIPLES)
+    same = revision_loop(real_engines(model), load_constitution(str(edited)), tmp_path / "run")
+    assert len(collect(same)) == 5, "the file's name does not matter"

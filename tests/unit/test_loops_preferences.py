@@ -155,6 +155,24 @@ def test_peoples_preferences_are_votes(tmp_path: Path) -> None:
     assert (pair.answers[pair.votes["people"]], pair.preferred, pair.prompt_id) == ("good", 1, 7)
 
 
+def test_peoples_soft_labels_are_kept(tmp_path: Path) -> None:
+    """One who is exactly undecided prefers neither, and the pair teaches nothing."""
+    source = tmp_path / "people.jsonl"
+    rows = [
+        {"prompt": "How so?", "chosen": f"good {label}", "rejected": "bad", "soft_label": label}
+        for label in (0.8, 1.0, 0.5)
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples, _ = preference_examples(load_rows(DatasetSection(path=str(source)), seed=0))
+    path = tmp_path / "preferences.jsonl"
+    assert write_dataset(path, judged_by_people("people", examples)) == 2
+    again, _ = preference_examples(load_rows(DatasetSection(path=str(path)), seed=0))
+    assert [(pair.chosen, pair.soft_label) for pair in again] == [
+        ("good 0.8", pytest.approx(0.8)),
+        ("good 1.0", 1.0),
+    ]
+
+
 SECTION = PreferencesSection(
     annotators=(SimulatedAnnotator(name="one", function="tests.fakes:num_vowels", temperature=1.0),),
     num_generations=3,
@@ -238,6 +256,10 @@ def test_a_feedback_model_in_the_engine_that_answers(model: ModelSection, tmp_pa
     interrupt = Event()
     with pytest.raises(Interrupted):
         collect(loop(tmp_path / "stopped", progress=Watcher(1, interrupt.set), interrupt=interrupt))
+    ai.constitution = replace(ai.constitution, fingerprint="another")
+    with pytest.raises(CheckpointError, match="begun with other principles of annotator ai; resume with"):
+        collect(loop(tmp_path / "stopped"))
+    ai.constitution = load_constitution(str(tmp_path / "short.yaml"))
     assert collect(loop(tmp_path / "stopped")) == expected
     assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
     assert logged(tmp_path / "whole")[0]["preferences/principle/kind"] == 4.0
@@ -265,3 +287,6 @@ def test_another_dataset_is_refused(model: ModelSection, tmp_path: Path) -> None
         CheckpointError, match="begun with 5 prompts, 2 a step, and now there are 4, 2 a step"
     ):
         collect(other)
+    changed = replace(first.prompts, columns=({"gold": 1},) * 5)
+    with pytest.raises(CheckpointError, match="begun with other prompts: the dataset has changed since"):
+        collect(replace(first, prompts=changed))

@@ -13,6 +13,7 @@ import pytest
 from rlhf_ray.config.schema import MathReward, RegexReward
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards.child import ChildFunction
+from rlhf_ray.rewards.failures import GuardedSource
 from tests.samples import samples_of
 
 
@@ -52,13 +53,46 @@ def test_a_hung_function_is_killed_with_what_it_started_and_the_next_batch_is_an
     child.close()
 
 
-def test_a_pattern_that_backtracks_for_ever_is_killed() -> None:
-    """It holds Python's lock: no thread and no signal handler of that process could stop it."""
+def test_an_answer_that_is_never_judged_fails_alone() -> None:
+    """A pattern that backtracks for ever holds Python's lock: no thread and no signal handler of that process
+    could stop it."""
     section = RegexReward(type="regex", pattern="(a+)+$", timeout=1)
     child = ChildFunction("regex", section, timeout=1)
-    assert ask(child, "aaa", "b").tolist() == [1.0, 0.0]
-    with pytest.raises(RewardError, match="did not answer within timeout=1 s"):
-        ask(child, "a" * 60 + "b")
+    hung = "a" * 60 + "b"
+    values = asyncio.run(child.score(samples_of("aaa", hung, "b", hung, "a")))
+    np.testing.assert_array_equal(values.rewards, np.float32([1, np.nan, 0, np.nan, 1]))
+    reason = (
+        "did not answer within timeout=1 s and was killed; the log of the reward actor shows where it was"
+    )
+    assert values.failures == {1: reason, 3: reason}
+    assert ask(child, "aaa").tolist() == [1.0]
+    child.close()
+
+
+@pytest.mark.parametrize("on_error", ["mask", "raise"])
+def test_the_policy_decides_about_an_answer_that_is_never_judged(on_error: str) -> None:
+    keys = {"type": "regex", "pattern": "(a+)+$", "timeout": 1, "on_error": on_error}
+    section = RegexReward.model_validate(keys)
+    child = ChildFunction("regex", section, timeout=1)
+    guarded = GuardedSource(section, child)
+    samples = samples_of("aaa", "a" * 60 + "b", "b")
+    if on_error == "mask":
+        outcome = asyncio.run(guarded.score(samples))
+        assert outcome.failed.tolist() == [False, True, False]
+        np.testing.assert_array_equal(outcome.values.rewards, np.float32([1, np.nan, 0]))
+        assert outcome.num_retries == 0, "it would hang again"
+    else:
+        with pytest.raises(RewardError, match="reward 'regex': prompt 1: did not answer within timeout=1 s"):
+            asyncio.run(guarded.score(samples))
+    child.close()
+
+
+def test_an_answer_that_a_verifier_raises_on_fails_alone() -> None:
+    """A pattern a row, of which one is none."""
+    child = ChildFunction("regex", RegexReward(type="regex", column="wanted"), timeout=20)
+    values = asyncio.run(child.score(samples_of("egg", "egg", "egg", wanted=["egg", "(", "^g"])))
+    np.testing.assert_array_equal(values.rewards, np.float32([1, np.nan, 0]))
+    assert list(values.failures) == [1] and values.failures[1].startswith("raised ")
     child.close()
 
 

@@ -153,12 +153,13 @@ class JudgeReward(Source):
 
 
 class Verifier(Source):
-    """A reward that is computed from text; in a process of its own, killed after `timeout` seconds a batch.
+    """A reward that is computed from text, in a process of its own.
 
-    Without a timeout it is computed beside the reward models, and may then hold them up.
+    timeout: seconds an answer. The process is then killed, and that sample alone has failed. Without it the
+    reward is computed beside the reward models, and may hold them up.
     """
 
-    timeout: float | None = Field(60.0, gt=0)
+    timeout: float | None = Field(20.0, gt=0)
 
 
 class AnswerVerifier(Verifier):
