@@ -1,10 +1,10 @@
-"""The same GRPO work by this project, by TRL's GRPOTrainer and by a plain script without Ray, on this machine.
+"""The same GRPO work by this project, by TRL's GRPOTrainer and by a plain script without Ray.
 
 rlhf-ray bench end-to-end --json end-to-end.json --plot docs/studies/end-to-end.png --folder runs/end-to-end
 
-The task is that of configs/grpo-arithmetic.yaml: sums, an embedded model of 135M parameters, 16 questions and 8
-answers a step, two optimizer steps. Every arm gets the same questions in the same order, the same model,
-reward, loss, learning rate, threads and budget of tokens a pass. Three cases:
+The task is that of configs/grpo-arithmetic.yaml: sums, a model of 135M parameters, and in a step 16 questions,
+8 answers to each and two optimizer steps. Every arm gets the same questions in the same order, the same model,
+reward, loss, learning rate, threads, and budget of tokens a pass. Three cases:
 
 - `12 tokens`: every answer has 12 tokens. The arms learn for some steps; what they reach is compared too.
 - `64 tokens`: every answer has 64.
@@ -13,24 +13,21 @@ reward, loss, learning rate, threads and budget of tokens a pass. Three cases:
 Lengths are fixed by a model whose end-of-text is a token that it never writes; nothing else about it differs,
 and no arm needs an option for it.
 
-Each arm runs as a process of its own, in turn: script, TRL, ours, ours, TRL, script, so that each pair of
-arms stands in the order A B B A. The first three share one seed, the last three another. Start-up is not
-counted, nor is the first step of each run. Step i of a run of ours is paired with step i of the other's run of
-the same seed; the control is step i of the baseline's first run by that of its second. Compared are real
-tokens a second, of questions and answers, of whole steps: generation, reward, training, new weights in the
-engine. Where lengths are fixed the arms must have done exactly as many tokens, else 5 % more or less: answers
-are drawn by lot.
+Each arm runs as a process of its own, in turn: script, TRL, ours, ours, TRL, script, so that each baseline
+and ours stand in the order A B B A. The first three runs have one seed, the last three another. Start-up is
+not counted, nor is the first step of a run. Step i of a run of ours is paired with step i of the baseline's
+of the same seed; the control is step i of the baseline's first run by that of its second. Compared are tokens
+a second, of questions and answers without padding, over whole steps: generation, reward, training, and the
+new weights in the engine. Where lengths are fixed the arms must have done exactly as many tokens, else 5 %
+more or less, since answers are drawn by lot.
 
-What the arms are is in benchmarks/peers/. Ours is `rlhf-ray train` as a user runs it, with its verification
-of the engine's weights and its record of every sample; only evaluation between steps is off.
+What the peers are stands in benchmarks/peers/. Ours is `rlhf-ray train` as a user runs it, with its
+verification of the engine's weights and its record of every sample; only evaluation between steps is off.
+With --folder an arm that is done is not run again.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -38,29 +35,17 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import GIB, Measured, run_measured
-from benchmarks.paired import Goal, Options, Result, run_claim, single
-from benchmarks.peers.work import Question, Step, Work, digest, read_steps
-from rlhf_ray.config.checks import load_checked
-from rlhf_ray.config.schema import ModelSection, OnlineSection, ReasoningGymReward, RunConfig
-from rlhf_ray.data.chat import ChatFormatter
-from rlhf_ray.data.cursor import Cursor
-from rlhf_ray.data.encoding import encode_prompts
-from rlhf_ray.data.formats import prompt_examples
-from rlhf_ray.data.loading import load_rows
+from benchmarks.measure import GIB
+from benchmarks.paired import Goal, Options, Result, run_claim
+from benchmarks.peers.arms import OURS, WARMUP, ArmRun, endless_model, run_arm
+from rlhf_ray.config.schema import ModelSection
 from rlhf_ray.errors import UserError
-from rlhf_ray.models.loading import eos_token_ids, load_tokenizer, materialise
-from rlhf_ray.reporting.lineage import lineage_path, read_lineage
-from rlhf_ray.reporting.metrics_log import read_metrics
+from rlhf_ray.models.loading import materialise
 
 CLAIM = "end-to-end"
 CONFIG = "configs/grpo-arithmetic.yaml"
-NEVER_WRITTEN = "<empty_output>"
-"""A token of the embedded model's vocabulary that does not occur in answers."""
-ARMS = ("script", "TRL", "ours")
+ARMS = ("script", "TRL", OURS)
 GOALS = {"TRL": Goal(">=", 3.0), "script": Goal(">=", 0.95)}
-WARMUP = 1
-"""First steps of a run that are not counted."""
 LENGTHS_DIFFER = 0.05
 REWARDS_DIFFER = 0.15
 
@@ -87,39 +72,8 @@ CASES = (
 LEARNING_STEPS = 12
 
 
-@dataclass(frozen=True)
-class ArmRun:
-    """Fields: seconds: with start-up. peak_memory: bytes of all its processes."""
-
-    seconds: float
-    peak_memory: int
-    steps: list[Step]
-
-    @property
-    def counted(self) -> list[Step]:
-        return self.steps[WARMUP:]
-
-    @property
-    def speeds(self) -> list[float]:
-        """Tokens a second of each counted step."""
-        return [step.tokens / step.seconds for step in self.counted]
-
-    @property
-    def reward_reached(self) -> float:
-        """Mean over the last third of the steps: answers are few and right or wrong."""
-        return float(np.mean([step.reward for step in self.steps[-max(1, len(self.steps) // 3) :]]))
-
-    def curve(self) -> list[tuple[float, float]]:
-        """Seconds since the first step began, and the reward of the step that ended then."""
-        ends = np.cumsum([step.seconds for step in self.steps])
-        return [(float(end), step.reward) for end, step in zip(ends, self.steps, strict=True)]
-
-
 Runs = Mapping[str, Sequence[ArmRun]]
 """Arm -> its runs, one a seed."""
-
-
-# the work
 
 
 def overrides_of(case: Case, num_steps: int, seed: int, options: Options, model: str) -> list[str]:
@@ -138,147 +92,6 @@ def overrides_of(case: Case, num_steps: int, seed: int, options: Options, model:
     ]
 
 
-def work_of(config: RunConfig) -> Work:
-    """What our run of this configuration will do, for the peers."""
-    section = config.online
-    assert section is not None
-    (reward,) = section.rewards
-    assert isinstance(reward, ReasoningGymReward)
-    tokenizer = load_tokenizer(config.model)
-    ends = eos_token_ids(config.model, tokenizer)
-    return Work(
-        model=str(materialise(config.model)),
-        template=str(tokenizer.chat_template),
-        eos_ids=list(ends),
-        seed=config.seed,
-        steps=_questions(section, config.seed, ChatFormatter(tokenizer, ends)),
-        num_generations=section.num_generations,
-        max_prompt_length=section.max_prompt_length,
-        max_completion_length=section.max_completion_length,
-        temperature=section.temperature,
-        learning_rate=section.optimizer.learning_rate,
-        max_grad_norm=section.optimizer.max_grad_norm,
-        cliprange=section.recipe.cliprange,
-        importance_cap=section.importance_cap,
-        num_mini_batches=section.num_mini_batches,
-        tokens_per_micro_batch=config.training.tokens_per_micro_batch,
-        kv_cache_gib=config.engine.cpu_kv_cache_gib,
-        max_num_seqs=config.engine.max_num_seqs,
-        threads=len(os.sched_getaffinity(0)),
-        extract=reward.extract,
-    )
-
-
-def _questions(section: OnlineSection, seed: int, formatter: ChatFormatter) -> list[list[Question]]:
-    """Of every step, in the order in which our loop draws them."""
-    examples, _ = prompt_examples(load_rows(section.dataset, seed))
-    prompts, _ = encode_prompts(examples, formatter, section.max_prompt_length)
-    questions = [
-        Question(
-            id=int(prompts.ids[row]),
-            messages=list(prompts.messages[row]),
-            token_ids=prompts.token_ids[row].tolist(),
-            entry=dict(prompts.columns[row]["entry"]),  # type: ignore[call-overload]
-            task_options=dict(prompts.columns[row]["task_options"]),  # type: ignore[call-overload]
-        )
-        for row in range(len(prompts))
-    ]
-    cursor = Cursor(len(prompts), seed)
-    return [
-        [questions[row] for row in cursor.next(section.prompts_per_step)] for _ in range(section.num_steps)
-    ]
-
-
-def endless_model(model: str | None, folder: Path) -> Path:
-    """The model with an end-of-text that it never writes; its weights are linked, not copied."""
-    source = Path(materialise(ModelSection(path=model) if model else ModelSection()))
-    tokenizer = load_tokenizer(ModelSection(path=str(source)))
-    end = tokenizer.convert_tokens_to_ids(NEVER_WRITTEN)
-    if not isinstance(end, int) or NEVER_WRITTEN not in tokenizer.get_vocab():
-        raise UserError(f"--model={model}: its vocabulary lacks {NEVER_WRITTEN}; use one that has it")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        target = folder / file.name
-        target.unlink(missing_ok=True)
-        if file.suffix == ".json":
-            shutil.copyfile(file, target)
-        else:
-            target.symlink_to(file.resolve())
-    for name in ("config.json", "generation_config.json"):
-        record = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(record | {"eos_token_id": end}))
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": NEVER_WRITTEN}))
-    return folder
-
-
-# the arms
-
-
-def run_arm(arm: str, overrides: Sequence[str], folder: Path) -> ArmRun:
-    """Run an arm in a process of its own; one that is done is only read.
-
-    Raises:
-        SystemExit: it failed; names its log.
-    """
-    record = folder / "run.json"
-    if record.exists():
-        found = json.loads(record.read_text())
-        return ArmRun(**{**found, "steps": [Step(**step) for step in found["steps"]]})
-    shutil.rmtree(folder, ignore_errors=True)
-    config = load_checked(CONFIG, [*overrides, f"output_dir={folder / 'output'}"])
-    work = work_of(config)
-    work.write(folder / "work.json")
-    measured, steps = (_run_ours if arm == "ours" else _run_peer)(arm, work, overrides, folder)
-    run = ArmRun(measured.seconds, measured.peak_memory, steps)
-    record.write_text(json.dumps(asdict(run)))
-    return run
-
-
-def _run_peer(arm: str, work: Work, overrides: Sequence[str], folder: Path) -> tuple[Measured, list[Step]]:
-    module = {"TRL": "benchmarks.peers.trl_grpo", "script": "benchmarks.peers.plain_grpo"}[arm]
-    steps = folder / "steps.json"
-    command = [sys.executable, "-m", module, str(folder / "work.json"), str(steps)]
-    return _measured(command, work.threads, folder), read_steps(steps)
-
-
-def _run_ours(arm: str, work: Work, overrides: Sequence[str], folder: Path) -> tuple[Measured, list[Step]]:
-    output = folder / "output"
-    command = [sys.executable, "-m", "launch", "train", CONFIG, *overrides, f"output_dir={output}"]
-    measured = _measured(command, work.threads, folder)
-    return measured, our_steps(work, output)
-
-
-def _measured(command: Sequence[str], threads: int, folder: Path) -> Measured:
-    log = folder / "log.txt"
-    measured = run_measured(["env", f"OMP_NUM_THREADS={threads}", *command], log)
-    if measured.exit_code:
-        raise SystemExit(f"{command[2]} failed: see {log}")
-    return measured
-
-
-def our_steps(work: Work, output: Path) -> list[Step]:
-    """From the metrics of a run, and from its record of every sample."""
-    token_ids = {question.id: question.token_ids for step in work.steps for question in step}
-    steps = []
-    for number, row in enumerate(read_metrics(output / "metrics.jsonl")):
-        samples = read_lineage(lineage_path(output / "rollouts", number))
-        prompts = [token_ids[sample.prompt_id] for sample in samples]
-        steps.append(
-            Step(
-                seconds=float(row["time/step"]),
-                generate=float(row["time/generate"]),
-                train=float(row["time/old_logprobs"]) + float(row["time/train_policy"]),
-                reward=float(row["reward/mean"]),
-                prompts=digest(prompts[:: work.num_generations]),
-                prompt_tokens=sum(map(len, prompts)),
-                answer_tokens=int(row["perf/generated_tokens"]),
-                trained_tokens=sum(sum(s.is_sampled) for s in samples if s.failure is None),
-            )
-        )
-    return steps
-
-
 # what is made of them
 
 
@@ -289,7 +102,7 @@ def check_same_work(case: Case, runs: Runs, samples: int) -> None:
     """
     mistakes = []
     for arm, theirs in runs.items():
-        for number, (run, our_run) in enumerate(zip(theirs, runs["ours"], strict=True)):
+        for number, (run, our_run) in enumerate(zip(theirs, runs[OURS], strict=True)):
             name = f"{case.name}, {arm}, run {number + 1}"
             if [step.prompts for step in run.steps] != [step.prompts for step in our_run.steps]:
                 mistakes.append(f"{name}: other questions, or another order")
@@ -302,7 +115,7 @@ def check_same_work(case: Case, runs: Runs, samples: int) -> None:
             tokens, ours = (sum(step.tokens for step in r.steps) for r in (run, our_run))
             if abs(tokens / ours - 1) > LENGTHS_DIFFER:
                 mistakes.append(f"{name}: {tokens} tokens where ours did {ours}")
-    if case.learns and len(runs["ours"][0].steps) >= LEARNING_STEPS:
+    if case.learns and len(runs[OURS][0].steps) >= LEARNING_STEPS:
         reached = {
             arm: float(np.mean([run.reward_reached for run in theirs])) for arm, theirs in runs.items()
         }
@@ -326,7 +139,7 @@ def results_of(case: Case, runs: Runs) -> list[Result]:
 
 
 def speed_result(case: Case, runs: Runs, arm: str) -> Result:
-    ours, theirs = ([run.speeds for run in runs[name]] for name in ("ours", arm))
+    ours, theirs = ([run.speeds for run in runs[name]] for name in (OURS, arm))
     flat_ours, flat_theirs = ([speed for run in speeds for speed in run] for speeds in (ours, theirs))
     figures = [a / b for a, b in zip(flat_ours, flat_theirs, strict=True)]
     controls = [a / b for a, b in zip(*theirs, strict=True)] if len(theirs) == 2 else []
@@ -349,7 +162,7 @@ def split_of(runs: Sequence[ArmRun]) -> dict[str, float]:
 
 def _beside(case: Case, what: str, unit: str, runs: Runs, arm: str, value) -> Result:  # type: ignore[no-untyped-def]
     """A row of ours beside the baseline's, without a goal."""
-    ours, theirs = ([float(value(run)) for run in runs[name]] for name in ("ours", arm))
+    ours, theirs = ([float(value(run)) for run in runs[name]] for name in (OURS, arm))
     # A model of a quick run may get nothing right.
     figures = [a / b if b else float("nan") for a, b in zip(ours, theirs, strict=True)]
     return Result(CLAIM, f"{case.name}, {what}", unit, ours, theirs, figures)
@@ -368,7 +181,7 @@ def measure(options: Options) -> list[Result]:
             for arm in order:
                 overrides = overrides_of(case, steps, seed, options, endless if case.is_fixed else plain)
                 folder = options.folder / case.name.replace(" ", "-") / f"{arm}-{seed}"
-                runs[arm].append(run_arm(arm, overrides, folder.resolve()))
+                runs[arm].append(run_arm(arm, CONFIG, overrides, folder.resolve()))
                 speed = float(np.median(runs[arm][-1].speeds))
                 options.say(f"{case.name}, {arm}, seed {seed}: {speed:.1f} tokens/s")
         check_same_work(case, runs, samples=4 if options.quick else 128)

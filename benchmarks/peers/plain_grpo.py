@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from benchmarks.peers.work import Question, Step, Stopwatch, Work, digest, write_steps
 
 STALE = 0.25
-"""Mean difference of log-probs, in nats a token, at which the engine cannot be serving the trainer's weights."""
+"""Mean difference of log-probs, in nats a token, at which the engine has other weights than the trainer."""
 
 
 @dataclass
@@ -151,7 +151,7 @@ def advantages_of(rewards: list[float], group_size: int) -> list[float]:
 
 
 def policy_loss(work: Work, batch: list[Answer], logprobs: Tensor) -> Tensor:
-    """The clipped surrogate, summed over tokens; weighted by what the trainer thinks of the engine's samples."""
+    """The clipped surrogate, summed over tokens, weighted by trainer / engine."""
     old = torch.cat([answer.old_logprobs for answer in batch])
     sampler = torch.cat([answer.sampler_logprobs for answer in batch])
     advantages = torch.cat([torch.full((len(answer.tokens),), answer.advantage) for answer in batch])
