@@ -2,9 +2,9 @@
 
 rlhf-ray bench end-to-end --json end-to-end.json --plot docs/studies/end-to-end.png --folder runs/end-to-end
 
-The task is that of configs/grpo-arithmetic.yaml: sums, a model of 135M parameters, and in a step 16 questions,
-8 answers to each and two optimizer steps. Every arm gets the same questions in the same order, the same model,
-reward, loss, learning rate, threads, and budget of tokens a pass. Three cases:
+The task is that of configs/grpo-arithmetic.yaml: sums, a model of 135M parameters, and in a step 16
+questions, 8 answers to each and two optimizer steps. Every arm gets the same questions in the same order, the
+same model, reward, loss, learning rate, threads, and budget of tokens a pass. Three cases:
 
 - `12 tokens`: every answer has 12 tokens. The arms learn for some steps; what they reach is compared too.
 - `64 tokens`: every answer has 64.

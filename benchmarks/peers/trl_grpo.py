@@ -4,17 +4,17 @@ python -m benchmarks.peers.trl_grpo WORK OUT
 
 Its fastest settings that leave the work the same, by its source and by trial:
 
-- float32 weights under bfloat16 autocast, as the others train; generation too runs under autocast.
-- no gradient checkpointing (its default is on); fused AdamW; as many rows a pass as the others' budget of
+- float32 weights under bfloat16 autocast, as the others train; generation runs under autocast too.
+- no gradient checkpointing (its default is on), fused AdamW, as many rows a pass as the others' budget of
   tokens holds; no logging, no saving.
-- transformers' generate with its KV cache, all answers of a step in one batch. Continuous batching is not used:
-  with bf16 the trainer casts the very weights it trains to bfloat16 there, and updates of 1e-5 are then
-  rounded away. Its two ways to vLLM need a GPU: the server receives weights over NCCL, and the colocated
-  engine by `load_weights` into weights that are packed away on a CPU.
+- transformers' generate with its KV cache, all answers of a step in one batch. Continuous batching would
+  change the work: with bf16 the trainer then casts the weights that it trains to bfloat16, for good, and
+  updates of 1e-5 are rounded away. Its two ways to vLLM need a GPU: a server receives weights over NCCL, and
+  an engine in the process by `load_weights`, into weights that vLLM keeps in another form on a CPU.
 - vLLM is hidden from it, so that an import which it does not use costs it no memory.
 
-Two optimizer steps a batch make it compute the old log-probs, as the others do. Its loss `dapo` is the mean
-over the tokens of the batch; where lengths differ, its two halves share one denominator.
+Two optimizer steps a batch make it compute the log-probs of the old policy, as the others do. Its loss `dapo`
+is the mean over tokens; where lengths differ, the two halves of a batch share one denominator.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.modules["vllm"] = None  # type: ignore[assignment]
-
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.peers.work import Step, Stopwatch, Work, digest, write_steps
+
+sys.modules["vllm"] = None  # type: ignore[assignment]  # before TRL looks for it
+
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 
 class TimedTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -113,7 +113,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
 
 
 def settings(work: Work, folder: str) -> GRPOConfig:
-    rows = work.rows_per_pass()
+    rows = work.rows_per_pass
     return GRPOConfig(
         output_dir=folder,
         use_cpu=True,
@@ -122,7 +122,7 @@ def settings(work: Work, folder: str) -> GRPOConfig:
         model_init_kwargs={"dtype": "float32"},
         max_steps=len(work.steps) * work.num_mini_batches,
         per_device_train_batch_size=rows,
-        gradient_accumulation_steps=work.samples_per_step // work.num_mini_batches // rows,
+        gradient_accumulation_steps=work.rows_per_update // rows,
         generation_batch_size=work.samples_per_step,
         num_generations=work.num_generations,
         max_completion_length=work.max_completion_length,

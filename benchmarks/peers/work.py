@@ -16,7 +16,7 @@ from rlhf_ray.types import Message
 
 @dataclass(frozen=True)
 class Question:
-    """Fields: id: its place in the dataset. token_ids: as the engine gets it. entry: what the scorer needs."""
+    """Fields: id: its place in the dataset. token_ids: as the engine gets it. entry: for the scorer."""
 
     id: int
     messages: list[Message]
@@ -62,15 +62,16 @@ class Work:
         return len(self.steps[0]) * self.num_generations
 
     @property
-    def longest_prompt(self) -> int:
-        return max(len(question.token_ids) for step in self.steps for question in step)
+    def rows_per_update(self) -> int:
+        """Answers of an optimizer step."""
+        return self.samples_per_step // self.num_mini_batches
 
+    @property
     def rows_per_pass(self) -> int:
-        """Answers of one forward and backward pass of a trainer that pads all to one width."""
-        rows = self.samples_per_step // self.num_mini_batches
-        return rows_within(
-            rows, self.longest_prompt + self.max_completion_length, self.tokens_per_micro_batch
-        )
+        """Of one forward and backward pass, where all are padded to one width."""
+        longest = max(len(question.token_ids) for step in self.steps for question in step)
+        width = longest + self.max_completion_length
+        return rows_within(self.rows_per_update, width, self.tokens_per_micro_batch)
 
     def score(self, questions: Sequence[Question], answers: Sequence[str]) -> list[float]:
         """1 for each answer that is right, else 0: the reward of every arm."""
@@ -95,18 +96,15 @@ class Work:
 
 
 def rows_within(rows: int, width: int, token_budget: int) -> int:
-    """The most rows of `width` tokens that the budget holds, so that `rows` are a whole number of times as
-    many; 1 at least."""
-    return max(
-        (part for part in range(1, rows + 1) if rows % part == 0 and part * width <= token_budget), default=1
-    )
+    """The largest whole part of `rows` whose rows of `width` tokens the budget holds; 1 at least."""
+    parts = [part for part in range(1, rows + 1) if rows % part == 0]
+    return max((part for part in parts if part * width <= token_budget), default=1)
 
 
 def digest(prompts: Sequence[Sequence[int]]) -> str:
     """Equal for equal token ids in equal order."""
-    return blake2b(
-        json.dumps([list(map(int, prompt)) for prompt in prompts]).encode(), digest_size=8
-    ).hexdigest()
+    text = json.dumps([[int(token) for token in prompt] for prompt in prompts])
+    return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
