@@ -157,6 +157,7 @@ def our_steps(work: Work, output: Path) -> list[Step]:
                 train=float(row["time/old_logprobs"]) + float(row["time/train_policy"]),
                 reward=float(row["reward/mean"]),
                 prompts=digest(prompts[:: work.num_generations]),
+                answers=len(samples),
                 prompt_tokens=sum(map(len, prompts)),
                 answer_tokens=int(row["perf/generated_tokens"]),
                 trained_tokens=sum(sum(sample.is_sampled) for sample in samples if sample.failure is None),

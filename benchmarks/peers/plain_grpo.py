@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.peers.work import Question, Step, Stopwatch, Work, digest, write_steps
 
@@ -196,12 +196,18 @@ class Trainer:
         return trained
 
 
-def run_step(work: Work, questions: list[Question], engine: Engine, trainer: Trainer, decode) -> Step:  # type: ignore[no-untyped-def]
+def run_step(
+    work: Work,
+    questions: list[Question],
+    engine: Engine,
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Step:
     watch, began = Stopwatch(), time.perf_counter()
     prompts = [question.token_ids for question in questions]
     with watch("generate"):
         answers = engine.generate(prompts)
-    texts = decode([answer.tokens for answer in answers], skip_special_tokens=True)
+    texts = tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
     rewards = work.score([q for q in questions for _ in range(work.num_generations)], texts)
     for answer, advantage in zip(answers, advantages_of(rewards, work.num_generations), strict=True):
         answer.advantage = advantage
@@ -213,14 +219,15 @@ def run_step(work: Work, questions: list[Question], engine: Engine, trainer: Tra
     gaps = torch.cat([answer.old_logprobs - answer.sampler_logprobs for answer in answers])
     assert gaps.abs().mean() < STALE, f"the engine's log-probs are {gaps.abs().mean():.3f} nats off"
     return Step(
-        seconds,
-        watch.seconds["generate"],
-        watch.seconds["train"],
-        sum(rewards) / len(rewards),
-        digest(prompts),
-        sum(len(answer.prompt) for answer in answers),
-        sum(len(answer.tokens) for answer in answers),
-        trained,
+        seconds=seconds,
+        generate=watch.seconds["generate"],
+        train=watch.seconds["train"],
+        reward=sum(rewards) / len(rewards),
+        prompts=digest(prompts),
+        answers=len(answers),
+        prompt_tokens=sum(len(answer.prompt) for answer in answers),
+        answer_tokens=sum(len(answer.tokens) for answer in answers),
+        trained_tokens=trained,
     )
 
 
@@ -229,10 +236,10 @@ def main(work: Work, out: Path) -> None:
     torch.manual_seed(work.seed)
     trainer, engine = Trainer(work), Engine(work)  # vLLM fixes the threads of the process
     assert torch.get_num_threads() == work.threads
-    decode = AutoTokenizer.from_pretrained(work.model).batch_decode
+    tokenizer = AutoTokenizer.from_pretrained(work.model)
     steps = []
     for questions in work.steps:
-        steps.append(run_step(work, questions, engine, trainer, decode))
+        steps.append(run_step(work, questions, engine, trainer, tokenizer))
         print(steps[-1], flush=True)
     write_steps(out, steps)
 

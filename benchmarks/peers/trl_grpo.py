@@ -97,14 +97,15 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         prompts = self.trainer.prompts
         self.steps.append(
             Step(
-                seconds,
-                parts["generate"],
-                seconds - preparing + parts["old_logprobs"],
-                sum(self.rewards) / len(self.rewards),
-                digest(prompts[:: self.work.num_generations]),
-                sum(map(len, prompts)),
-                self.answer_tokens,
-                self.trainer.trained,
+                seconds=seconds,
+                generate=parts["generate"],
+                train=seconds - preparing + parts["old_logprobs"],
+                reward=sum(self.rewards) / len(self.rewards),
+                prompts=digest(prompts[:: self.work.num_generations]),
+                answers=len(prompts),
+                prompt_tokens=sum(map(len, prompts)),
+                answer_tokens=self.answer_tokens,
+                trained_tokens=self.trainer.trained,
             )
         )
         self.trainer.trained = 0

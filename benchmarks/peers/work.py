@@ -114,7 +114,7 @@ class Step:
         seconds: wall time of the whole step. generate, train: parts of it; log-probs of the old policy are
             training.
         reward: mean over the answers.
-        prompts: digest of the questions' token ids, one a question.
+        prompts: digest of the questions' token ids, one a question. answers: how many were sampled.
         prompt_tokens: of all answers' questions. answer_tokens: sampled. trained_tokens: with a loss.
     """
 
@@ -123,6 +123,7 @@ class Step:
     train: float
     reward: float
     prompts: str
+    answers: int
     prompt_tokens: int
     answer_tokens: int
     trained_tokens: int
