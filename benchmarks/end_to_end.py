@@ -19,8 +19,8 @@ not counted, nor is the first step of a run. Step i of a run of ours is paired w
 of the same seed; the control is step i of the baseline's first run by that of its second. Compared are tokens
 a second, of questions and answers without padding, over whole steps: generation, reward, training, and the
 new weights in the engine. Questions, tokens that were trained on and fixed lengths must be exactly those of
-ours. What is drawn by lot may differ: where lengths do by more than 5 % in all, or the rewards reached by more
-than 0.15, it is said.
+ours. What is drawn by lot may differ: where lengths do by more than 5 % in all, or the rewards reached by
+more than 0.15, it is said.
 
 What the peers are stands in benchmarks/peers/. Ours is `rlhf-ray train` as a user runs it, with its
 verification of the engine's weights and its record of every sample; only evaluation between steps is off.
@@ -117,7 +117,7 @@ def check_same_work(case: Case, runs: Runs) -> None:
 
 
 def differences(case: Case, runs: Runs) -> list[str]:
-    """What chance may have done and should not have done so much: lengths, where they are free, and learning."""
+    """Where chance has done more than it should: lengths, where they are free, and what was learned."""
     found = []
     for arm, number, run, our_run in beside_ours(runs):
         tokens, ours = (sum(step.tokens for step in r.steps) for r in (run, our_run))

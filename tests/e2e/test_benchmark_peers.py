@@ -59,7 +59,7 @@ def test_the_plain_engine_serves_the_weights_that_it_is_given(tmp_path: Path) ->
 
 
 def gaps_of_plain_engine(work: Work) -> list[float]:
-    """Mean |engine's - model's| log-prob of samples: as loaded, of a changed model, and once that is put in."""
+    """Mean |engine's - model's| log-prob: as loaded, of a changed model, and once that is put in."""
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
     engine = plain_grpo.Engine(work)
 
