@@ -14,13 +14,13 @@ Lengths are fixed by a model whose end-of-text is a token that it never writes; 
 and no arm needs an option for it.
 
 Each arm runs as a process of its own, in turn: script, TRL, ours, ours, TRL, script, so that each baseline
-and ours stand in the order A B B A. The first three runs have one seed, the last three another. Start-up is
-not counted, nor is the first step of a run. Step i of a run of ours is paired with step i of the baseline's
-of the same seed; the control is step i of the baseline's first run by that of its second. Compared are tokens
-a second, of questions and answers without padding, over whole steps: generation, reward, training, and the
-new weights in the engine. Questions, tokens that were trained on and fixed lengths must be exactly those of
-ours. What is drawn by lot may differ: where lengths do by more than 5 % in all, or the rewards reached by
-more than 0.15, it is said.
+and ours stand in the order A B B A. The last three repeat the first three; where the arms learn, with another
+seed. Start-up is not counted, nor is the first step of a run. Step i of our first run is paired with step i
+of the baseline's first, and so are the second ones; the control is step i of the baseline's first run by that
+of its second. Compared are tokens a second, of questions and answers without padding, over whole steps:
+generation, reward, training, and the new weights in the engine. Questions, tokens that were trained on and
+fixed lengths must be exactly those of ours. What is drawn by lot may differ: where lengths do by more than
+5 % in all, or the rewards reached by more than 0.15, it is said.
 
 What the peers are stands in benchmarks/peers/. Ours is `rlhf-ray train` as a user runs it, with its
 verification of the engine's weights and its record of every sample; only evaluation between steps is off.
@@ -187,13 +187,14 @@ def measure(options: Options) -> list[Result]:
     for case in CASES[:1] if options.quick else CASES:
         steps = num_steps(case, options)
         runs: dict[str, list[ArmRun]] = {arm: [] for arm in ARMS}
-        for seed, order in enumerate([ARMS] if options.quick else [ARMS, ARMS[::-1]]):
+        for number, order in enumerate([ARMS] if options.quick else [ARMS, ARMS[::-1]]):
+            seed = number if case.learns else 0
             for arm in order:
                 overrides = overrides_of(case, steps, seed, options, endless if case.is_fixed else plain)
-                folder = options.folder / case.name.replace(" ", "-") / f"{arm}-{seed}"
+                folder = options.folder / case.name.replace(" ", "-") / f"{arm}-{number}"
                 runs[arm].append(run_arm(arm, CONFIG, overrides, folder.resolve()))
                 speed = float(np.median(runs[arm][-1].speeds))
-                options.say(f"{case.name}, {arm}, seed {seed}: {speed:.1f} tokens/s")
+                options.say(f"{case.name}, {arm}, run {number + 1}: {speed:.1f} tokens/s")
         check_same_work(case, runs)
         for difference in differences(case, runs):
             options.say(f"not alike: {difference}")
