@@ -25,7 +25,7 @@ SMALL = (
     "online.prompts_per_step=3",
     "online.num_generations=4",
     "online.max_completion_length=5",
-    "online.max_prompt_length=512",
+    "online.max_prompt_length=480",
     "training.tokens_per_micro_batch=1024",
 )
 

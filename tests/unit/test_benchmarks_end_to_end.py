@@ -66,7 +66,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def work(model: Path) -> Work:
     small = ["online.prompts_per_step=3", "online.num_steps=4", "online.num_generations=2"]
-    words = [f"model.path={model}", "seed=5", "online.dataset.limit=10", "online.max_prompt_length=512"]
+    words = [f"model.path={model}", "seed=5", "online.dataset.limit=10", "online.max_prompt_length=480"]
     return work_of(load_checked(CONFIG, [*words, *small]))
 
 
@@ -113,11 +113,11 @@ def test_an_endless_model_has_the_weights_and_another_end(model: Path, tmp_path:
     (source / "tokenizer.json").write_text(text)
     change_json(source / "tokenizer_config.json", unk_token="<empty_output>")
     endless = endless_model(str(source), tmp_path / "endless")
-    changed = work_of(load_checked(CONFIG, [f"model.path={endless}", "online.max_prompt_length=512"]))
+    changed = work_of(load_checked(CONFIG, [f"model.path={endless}", "online.max_prompt_length=480"]))
     assert changed.eos_ids == [0]
     assert (endless / "model.safetensors").resolve() == (source / "model.safetensors").resolve()
     assert work_of(
-        load_checked(CONFIG, [f"model.path={source}", "online.max_prompt_length=512"])
+        load_checked(CONFIG, [f"model.path={source}", "online.max_prompt_length=480"])
     ).eos_ids == [2]
 
 
