@@ -81,6 +81,7 @@ class Engine:
 
     def generate(self, prompts: list[list[int]]) -> list[Answer]:
         from vllm import TokensPrompt
+        from vllm.logprobs import FlatLogprobs
 
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], self.sampling, use_tqdm=False
@@ -89,7 +90,7 @@ class Engine:
         for prompt, output in zip(prompts, outputs, strict=True):
             for sample in output.outputs:
                 logprobs = sample.logprobs
-                assert logprobs is not None
+                assert isinstance(logprobs, FlatLogprobs)
                 own = torch.tensor([logprobs.logprobs[start] for start in logprobs.start_indices])
                 answers.append(Answer(prompt, list(sample.token_ids), own, torch.empty(0)))
         return answers

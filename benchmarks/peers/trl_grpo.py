@@ -36,7 +36,7 @@ sys.modules["vllm"] = None  # type: ignore[assignment]  # before TRL looks for i
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 
-class TimedTrainer(GRPOTrainer):  # type: ignore[misc]
+class TimedTrainer(GRPOTrainer):
     """TRL's trainer with a stopwatch around its parts; nothing else is changed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -65,7 +65,7 @@ class TimedTrainer(GRPOTrainer):  # type: ignore[misc]
         return super()._compute_loss(model, inputs)
 
 
-class Recorder(TrainerCallback):  # type: ignore[misc]
+class Recorder(TrainerCallback):
     """Ends a step of the work after every `num_mini_batches` optimizer steps."""
 
     def __init__(self, work: Work) -> None:
@@ -165,6 +165,7 @@ def main(work: Work, out: Path) -> None:
             callbacks=[recorder],
         )
         recorder.trainer = trainer
+        assert trainer.model is not None
         weights = next(trainer.model.parameters())
         assert weights.dtype == torch.float32 and torch.get_num_threads() == work.threads
         trainer.train()

@@ -82,6 +82,7 @@ class Work:
             entry=[question.entry for question in questions],
             task_options=[question.task_options for question in questions],
         )
+        assert isinstance(rewards, list)
         return [float(reward or 0.0) for reward in rewards]
 
     def write(self, path: Path) -> None:
