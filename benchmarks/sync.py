@@ -156,7 +156,11 @@ def free_port() -> int:
 def measure(options: Options) -> list[Result]:
     folder = model_folder(options.model)
     size = model_size(ModelSection(path=str(folder)))
-    overrides = [f"engine.gpu_memory_utilization={SHARE_OF_GPU}"]
+    overrides = [
+        f"engine.gpu_memory_utilization={SHARE_OF_GPU}",
+        # The steps here are of one short row: no memory has to be kept for a large batch.
+        "training.tokens_per_micro_batch=1024",
+    ]
     with (
         open_stage(folder, options.folder / "run", overrides) as context,
         our_roles(context) as (roles, probe, threads),
