@@ -16,7 +16,7 @@ from transformers import (
 
 from rlhf_ray.config.schema import EngineSection
 from rlhf_ray.engines.generation import UNKNOWN_VERSION, Request, Sample, TokenGenerator, read_eos_ids
-from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.errors import GenerationError, WeightSyncError
 from rlhf_ray.types import Ragged, SamplingSpec
 from rlhf_ray.weights.broadcast import BroadcastPlan, Endpoint, NamedTensors, WeightGroup
 
@@ -106,6 +106,8 @@ class HFGenerator(TokenGenerator):
             self._model.get_parameter(name).copy_(tensor)
 
     def _sample(self, requests: Sequence[Request], sampling: SamplingSpec) -> list[Sample]:
+        if sampling.fixed_lengths is not None:
+            raise GenerationError("engine.backend=transformers: answers of fixed lengths need vllm")
         batches = range(0, len(requests), self._batch_size)
         return [
             sample

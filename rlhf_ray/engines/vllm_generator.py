@@ -17,7 +17,7 @@ from rlhf_ray.types import Ragged, SamplingSpec
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     # The engine's scheduler in this process: one less to start, to watch and to lose.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # The thread count is this process's own; binding would put every engine of a machine on the same cores.
@@ -55,7 +55,7 @@ class VLLMGenerator(TokenGenerator):
             version: as in `TokenGenerator`.
         """
         super().__init__(max_model_len, version)
-        os.environ.update(_ENVIRONMENT)
+        os.environ.update(ENVIRONMENT)
         torch.set_num_threads(threads)
         self._eos_ids = list(read_eos_ids(model_folder))
         self._is_broken = False
@@ -120,26 +120,28 @@ class VLLMGenerator(TokenGenerator):
             raise
 
     def _sample(self, requests: Sequence[Request], sampling: SamplingSpec) -> list[Sample]:
+        params = [self._params(request, sampling) for request in requests]
+        outputs = self._run([list(request.token_ids) for request in requests], params)
+        return [_to_sample(request, output) for request, output in zip(requests, outputs, strict=True)]
+
+    def _params(self, request: Request, sampling: SamplingSpec) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=request.seed,
-                max_tokens=sampling.max_completion_length,
-                min_tokens=sampling.min_completion_length,
-                stop_token_ids=self._eos_ids,
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            for request in requests
-        ]
-        outputs = self._run([list(request.token_ids) for request in requests], params)
-        return [_to_sample(request, output) for request, output in zip(requests, outputs, strict=True)]
+        length = sampling.fixed_length(request.prompt_id, request.sample_id)
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=request.seed,
+            max_tokens=sampling.max_completion_length if length is None else length,
+            min_tokens=sampling.min_completion_length if length is None else 0,
+            stop_token_ids=self._eos_ids if length is None else [],
+            ignore_eos=length is not None,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
 
     def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
         from vllm import TokensPrompt
@@ -157,6 +159,13 @@ def _build(
     plugin.register()
     from vllm import LLM
 
+    return LLM(**engine_arguments(model_folder, section, max_model_len, seed, weight_backend))
+
+
+def engine_arguments(
+    model_folder: str, section: EngineSection, max_model_len: int, seed: int, weight_backend: str
+) -> dict[str, Any]:
+    """What `vllm.LLM` is built with on this machine."""
     on_gpu = torch.cuda.is_available()
     device_options: dict[str, Any] = {"gpu_memory_utilization": section.gpu_memory_utilization}
     if not on_gpu:
@@ -168,21 +177,21 @@ def _build(
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len),
         }
-    return LLM(
-        model_folder,
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        dtype=section.dtype,
-        tensor_parallel_size=section.tensor_parallel_size,
-        max_model_len=max_model_len,
-        max_num_seqs=section.max_num_seqs,
-        enforce_eager=not on_gpu,
-        logprobs_mode="processed_logprobs",
-        weight_transfer_config={"backend": weight_backend},
-        seed=seed,
-        disable_log_stats=True,
+    return {
+        "model": model_folder,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "dtype": section.dtype,
+        "tensor_parallel_size": section.tensor_parallel_size,
+        "max_model_len": max_model_len,
+        "max_num_seqs": section.max_num_seqs,
+        "enforce_eager": not on_gpu,
+        "logprobs_mode": "processed_logprobs",
+        "weight_transfer_config": {"backend": weight_backend},
+        "seed": seed,
+        "disable_log_stats": True,
         **device_options,
-    )
+    }
 
 
 def _to_sample(request: Request, output: RequestOutput) -> Sample:

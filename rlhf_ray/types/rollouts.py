@@ -34,6 +34,11 @@ class SamplingSpec:
 
     `temperature=0` is greedy. `top_p` and `top_k` are for evaluation and data collection only: they bias the
     importance ratio, so the online stage has no key for them.
+
+    Fields:
+        fixed_lengths: for measurements, in which all have to do the same work: tokens of each answer, which
+            no EOS ends before. Sample s of prompt p gets number p * num_generations + s, the list being
+            repeated as often as needed.
     """
 
     max_completion_length: int
@@ -41,6 +46,23 @@ class SamplingSpec:
     top_p: float = 1.0
     num_generations: int = 1
     min_completion_length: int = 0
+    fixed_lengths: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.fixed_lengths is None:
+            return
+        if not self.fixed_lengths or not 0 < min(self.fixed_lengths) <= max(self.fixed_lengths) <= (
+            self.max_completion_length
+        ):
+            raise ValueError(
+                f"fixed_lengths must be from 1 to max_completion_length={self.max_completion_length}"
+            )
+
+    def fixed_length(self, prompt_id: int, sample_id: int) -> int | None:
+        """Tokens that the answer has to have; None where an EOS ends it."""
+        if self.fixed_lengths is None:
+            return None
+        return self.fixed_lengths[(prompt_id * self.num_generations + sample_id) % len(self.fixed_lengths)]
 
 
 @dataclass(frozen=True)

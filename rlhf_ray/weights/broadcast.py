@@ -7,10 +7,13 @@ connections, so that the others fail at once and do not wait for their own deadl
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
+from typing import Protocol
 
 import torch
 from torch.distributed import BroadcastOptions, ProcessGroupGloo, TCPStore
@@ -18,6 +21,8 @@ from torch.distributed import BroadcastOptions, ProcessGroupGloo, TCPStore
 from rlhf_ray.errors import WeightSyncError
 
 SENDER_RANK = 0
+AHEAD = 2
+"""Messages under way at a time: while one is packed or loaded, the next is on the wire."""
 _ALIGNMENT = 16
 """Bytes. A view of a byte buffer as a wider type must start at a multiple of that type's size."""
 
@@ -87,12 +92,41 @@ class BroadcastPlan:
             start += size
 
 
+class Transfer(Protocol):
+    """A message under way."""
+
+    def wait(self) -> object: ...
+
+
+@dataclass
+class Message:
+    """Fields: memory: uint8, the message and perhaps more; not to be touched before it has arrived."""
+
+    memory: torch.Tensor
+    transfer: Transfer | None
+
+    def wait(self) -> None:
+        """Once. The transfer is let go, since it keeps the connections open for as long as anybody holds it,
+        be it the traceback of its own failure."""
+        transfer, self.transfer = self.transfer, None
+        assert transfer is not None, "a message is waited for once"
+        try:
+            transfer.wait()
+        finally:
+            del transfer
+
+
 class WeightGroup:
-    """The connections between one sender and its receivers."""
+    """The connections between one sender and its receivers.
+
+    Messages overlap with the work on both sides: the sender packs the next one while the last is on the wire,
+    and a receiver has the next one coming while it loads. All members start them in the same order.
+    """
 
     def __init__(self, address: str, port: int, rank: int, world_size: int, timeout: float) -> None:
         """Returns when all `world_size` members have joined. The sender listens on `port`."""
         deadline = timedelta(seconds=timeout)
+        self._sent: deque[Message] = deque()
         self._who = f"rank {rank} of {world_size} of the weight transfer at {address}:{port}"
         try:
             self._store = TCPStore(
@@ -110,45 +144,83 @@ class WeightGroup:
             ) from error
 
     def send(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Send one group of tensors, of any device, types and shapes."""
-        offsets, num_bytes = _layout([tensor.numel() * tensor.dtype.itemsize for tensor in tensors])
-        flat = torch.empty(num_bytes, dtype=torch.uint8)
-        for tensor, offset in zip(tensors, offsets, strict=True):
-            _view(flat, offset, tensor.dtype, tuple(tensor.shape)).copy_(tensor)
-        self._broadcast(flat)
+        """Send one group of tensors, of any device, types and shapes.
 
-    def receive(self, specs: Sequence[TensorSpec]) -> NamedTensors:
-        """One group of tensors, on the CPU, in memory that is not used again for the next group."""
-        offsets, num_bytes = _layout([spec.num_bytes for spec in specs])
-        flat = torch.empty(num_bytes, dtype=torch.uint8)
-        self._broadcast(flat)
-        pairs = zip(specs, offsets, strict=True)
-        return [(spec.name, _view(flat, offset, spec.dtype, spec.shape)) for spec, offset in pairs]
+        Returns when the message is on its way; the tensors may change then. `flush` waits for its arrival.
+        """
+        offsets, num_bytes = _layout([tensor.numel() * tensor.dtype.itemsize for tensor in tensors])
+        memory = self._memory(num_bytes)
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            _view(memory, offset, tensor.dtype, tuple(tensor.shape)).copy_(tensor)
+        self._sent.append(Message(memory, self._start(memory[:num_bytes])))
+
+    def flush(self) -> None:
+        """Wait until all that was sent has arrived."""
+        while self._sent:
+            self._finish(self._sent.popleft())
 
     def receive_all(self, plan: BroadcastPlan, load: Callable[[NamedTensors], None]) -> None:
-        """Receive what is planned and hand it to `load` group by group.
+        """Receive what is planned and hand it to `load` group by group, on the CPU, in memory that is not
+        used again for the next group.
 
-        Whatever `load` raises is raised here, after the connections are closed: the sender then fails at its
-        next message and does not go on to fill a receiver that has given up.
+        Whatever `load` raises is raised here, after the connections are closed: the sender then fails at one
+        of its next messages and does not go on to fill a receiver that has given up.
         """
+        coming: deque[tuple[list[TensorSpec], Message]] = deque()
         try:
             for specs in plan.groups():
-                load(self.receive(specs))
+                coming.append((specs, self._expect(specs)))
+                if len(coming) == AHEAD:
+                    load(self._arrived(*coming.popleft()))
+            while coming:
+                load(self._arrived(*coming.popleft()))
         except BaseException:
+            # The connections close only when nothing is under way any more.
+            for _, message in coming:
+                with suppress(RuntimeError):
+                    message.wait()
             self.close()
             raise
 
     def close(self) -> None:
+        self._sent.clear()
         self._group = None
 
-    def _broadcast(self, flat: torch.Tensor) -> None:
+    def _memory(self, num_bytes: int) -> torch.Tensor:
+        """For a message, at least so long: that of an earlier one that has arrived, since fresh pages cost
+        about as much as the copy into them."""
+        if len(self._sent) == AHEAD:
+            earlier = self._sent.popleft()
+            self._finish(earlier)
+            if len(earlier.memory) >= num_bytes:
+                return earlier.memory
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def _expect(self, specs: Sequence[TensorSpec]) -> Message:
+        _, num_bytes = _layout([spec.num_bytes for spec in specs])
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return Message(memory, self._start(memory))
+
+    def _arrived(self, specs: Sequence[TensorSpec], message: Message) -> NamedTensors:
+        self._finish(message)
+        offsets, _ = _layout([spec.num_bytes for spec in specs])
+        pairs = zip(specs, offsets, strict=True)
+        return [(spec.name, _view(message.memory, offset, spec.dtype, spec.shape)) for spec, offset in pairs]
+
+    def _start(self, flat: torch.Tensor) -> Transfer:
         if self._group is None:
             raise WeightSyncError(f"{self._who}: the connections are closed; connect anew")
         options = BroadcastOptions()
         options.rootRank = SENDER_RANK
         options.rootTensor = 0
         try:
-            self._group.broadcast([flat], options).wait()  # type: ignore[attr-defined]
+            return self._group.broadcast([flat], options)  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            raise WeightSyncError(f"{self._who}: {error}") from error
+
+    def _finish(self, message: Message) -> None:
+        try:
+            message.wait()
         except RuntimeError as error:
             raise WeightSyncError(f"{self._who}: {error}") from error
 

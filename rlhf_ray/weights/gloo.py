@@ -156,6 +156,11 @@ class GlooTrainerWeightTransferEngine:
                 self._group.send(tensors)
             except WeightSyncError as error:
                 failure = error
+        if failure is None:
+            try:
+                self._group.flush()
+            except WeightSyncError as error:
+                failure = error
         return failure
 
     def _explained(self, failure: WeightSyncError, receiving: Future[None]) -> WeightSyncError:

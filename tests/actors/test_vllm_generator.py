@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 pytest.importorskip("vllm")
 
 from rlhf_ray.config.schema import EngineSection
+from rlhf_ray.engines.generation import read_eos_ids
 from rlhf_ray.engines.hf_generator import HFGenerator
 from rlhf_ray.engines.vllm_generator import VLLMGenerator
 from rlhf_ray.errors import GenerationError, WeightSyncError
@@ -143,6 +144,16 @@ def test_a_sample_depends_on_its_seed_prompt_and_number_alone(engine: EngineProc
     ]
     assert whole.responses[0].tolist() != whole.responses[1].tolist()
     assert generate(engine, prompts, sampling, seed=6).responses[0].tolist() != whole.responses[0].tolist()
+
+
+def test_answers_of_fixed_lengths_go_on_over_an_eos(engine: EngineProcess, folder: Path) -> None:
+    sampling = SamplingSpec(150, temperature=2.0, num_generations=16, fixed_lengths=(150, 1, 7))
+    rollouts = generate(engine, make_prompts(4, 6, first_id=0), sampling)
+    assert rollouts.responses.lengths.tolist() == [150, 1, 7] * 10 + [150, 1]
+    assert not rollouts.finished.any()
+    eos = read_eos_ids(str(folder))
+    assert any(np.isin(response[:-1], eos).any() for response in rollouts.responses)
+    assert_logprobs_are_the_trainers(rollouts, load(folder), 2.0)
 
 
 def test_token_logprobs_are_those_of_a_forward_pass(engine: EngineProcess, folder: Path) -> None:

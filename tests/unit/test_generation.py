@@ -50,6 +50,18 @@ def generator(folder: Path, max_num_seqs: int = 128, version: int = 4) -> HFGene
     return HFGenerator(str(folder), section, 64, threads=1, version=version)
 
 
+def test_fixed_lengths_follow_the_prompt_and_the_sample_whatever_the_order() -> None:
+    sampling = SamplingSpec(9, num_generations=2, fixed_lengths=(1, 2, 3, 4, 9))
+    assert [sampling.fixed_length(prompt, sample) for prompt in (2, 0) for sample in (0, 1)] == [9, 1, 1, 2]
+    assert SamplingSpec(9).fixed_length(0, 0) is None
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (3, 10)])
+def test_fixed_lengths_that_do_not_fit_are_refused(lengths: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="from 1 to max_completion_length=9"):
+        SamplingSpec(9, fixed_lengths=lengths)
+
+
 def test_seeds_are_the_same_in_every_process_and_differ_between_samples() -> None:
     assert sample_seed(0, 0, 0) == 1_445_694_884_619_442_965
     seeds = {
@@ -139,3 +151,8 @@ def test_weights_of_unknown_version_and_too_long_prompts_are_refused(folder: Pat
         generator(folder, version=-1).generate(make_prompts(3), SamplingSpec(4), seed=0)
     with pytest.raises(GenerationError, match=r"prompt 10: 60 tokens and 5 of the response .* 64"):
         generator(folder).generate(make_prompts(60), SamplingSpec(5), seed=0)
+
+
+def test_fixed_lengths_are_refused_and_not_ignored(folder: Path) -> None:
+    with pytest.raises(GenerationError, match=r"engine\.backend=transformers: .* need vllm"):
+        generator(folder).generate(make_prompts(3), SamplingSpec(4, fixed_lengths=(2,)), seed=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 
 import pytest
@@ -51,37 +53,86 @@ def test_tensors_of_any_type_and_layout_arrive_bit_for_bit_at_every_receiver() -
             assert got.dtype == want.dtype and torch.equal(got, want)
 
 
+def test_messages_of_any_length_follow_each_other_while_the_receivers_load() -> None:
+    """The sender's memory is used again, by longer and by shorter messages, and what was received stays."""
+    sender, *receivers = connect(num_receivers=2)
+    sent = [torch.full((size,), float(number)) for number, size in enumerate([9, 70_000, 3, 1, 200_000, 5])]
+    specs = [TensorSpec(f"t{number}", torch.float32, tuple(t.shape)) for number, t in enumerate(sent)]
+    plan = announcement([[spec] for spec in specs])
+    arrived: list[NamedTensors] = [[], []]
+
+    def load(pairs: NamedTensors, into: NamedTensors) -> None:
+        time.sleep(0.02)
+        into.extend(pairs)
+
+    receiving = [
+        in_background(receiver.receive_all, plan, functools.partial(load, into=into))
+        for receiver, into in zip(receivers, arrived, strict=True)
+    ]
+    for tensor in sent:
+        changing = tensor.clone()
+        sender.send([changing])
+        changing.zero_()  # it was copied into the message
+    sender.flush()
+    for future in receiving:
+        future.result(20.0)
+    for pairs in arrived:
+        assert [name for name, _ in pairs] == [spec.name for spec in specs]
+        assert all(torch.equal(got, want) for (_, got), want in zip(pairs, sent, strict=True))
+
+
+def test_the_next_message_travels_while_one_is_loaded() -> None:
+    sender, receiver = connect(num_receivers=1)
+    spec = TensorSpec("t", torch.float32, (4_000_000,))  # more than the system's buffers hold
+    loading, go_on = threading.Event(), threading.Event()
+
+    def load(pairs: NamedTensors) -> None:
+        loading.set()
+        assert go_on.wait(20.0)
+
+    receiving = in_background(receiver.receive_all, announcement([[spec], [spec]]), load)
+    for _ in range(2):
+        sender.send([torch.ones(spec.shape)])
+    sender.flush()
+    assert loading.wait(20.0) and not receiving.done()  # both have arrived, and the first is not loaded yet
+    go_on.set()
+    receiving.result(20.0)
+
+
 def test_a_contradictory_plan_is_refused() -> None:
     with pytest.raises(WeightSyncError, match="2 names, 2 types, 2 shapes, groups of 3"):
         BroadcastPlan(["a", "b"], ["float32", "float32"], [[1], [1]], [1, 2])
 
 
-def test_a_receiver_that_fails_to_load_ends_the_sender_at_its_next_message() -> None:
+@pytest.mark.parametrize("num_coming", [0, 1, 3])
+def test_a_receiver_that_fails_to_load_ends_the_sender_at_one_of_its_next_messages(num_coming: int) -> None:
     sender, receiver = connect(num_receivers=1)
-    plan = announcement([[TensorSpec("a", torch.float32, (2,))]])
+    plan = announcement([[TensorSpec("a", torch.float32, (2,))]] * (1 + num_coming))
 
     def refuse(pairs: NamedTensors) -> None:
         raise ValueError("this model has no a")
 
     receiving = in_background(receiver.receive_all, plan, refuse)
-    sender.send([torch.ones(2)])
+    for _ in range(1 + min(num_coming, 1)):  # what is on its way when the first is loaded
+        sender.send([torch.ones(2)])
     with pytest.raises(ValueError, match="no a"):
         receiving.result(20.0)
     start = time.monotonic()
     with pytest.raises(WeightSyncError, match="rank 0 of 2"):
         sender.send([torch.ones(2_000_000)])
+        sender.flush()
     assert time.monotonic() - start < 5.0
 
 
 def test_a_sender_that_goes_silent_ends_the_receiver_after_the_deadline() -> None:
     _sender, receiver = connect(num_receivers=1, timeout=1.0)
     start = time.monotonic()
+    plan = announcement([[TensorSpec("a", torch.float32, (2,))]] * 3)
     with pytest.raises(WeightSyncError, match="rank 1 of 2"):
-        receiver.receive([TensorSpec("a", torch.float32, (2,))])
+        receiver.receive_all(plan, lambda pairs: None)
     assert 0.5 < time.monotonic() - start < 5.0
-    receiver.close()
     with pytest.raises(WeightSyncError, match="connect anew"):
-        receiver.receive([TensorSpec("a", torch.float32, (2,))])
+        receiver.receive_all(plan, lambda pairs: None)
 
 
 def test_joining_alone_ends_after_the_deadline() -> None:

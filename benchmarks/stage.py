@@ -1,0 +1,71 @@
+"""Roles as a run builds them, without the run: what the benchmarks of whole actors measure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+
+from launch.artefacts import Artefacts
+from launch.cluster import cluster
+from launch.stages.context import StageContext
+from rlhf_ray.config.loading import load_config
+from rlhf_ray.config.model_checks import path_mistakes
+from rlhf_ray.config.schema import EMBEDDED_MODEL, ModelSection
+from rlhf_ray.errors import ModelError
+from rlhf_ray.models.loading import materialise
+from rlhf_ray.reporting.progress import QuietProgress
+from rlhf_ray.reporting.run_folder import RunFolder
+
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+CONFIG = "configs/grpo-arithmetic.yaml"
+
+
+def model_folder(name: str | None) -> Path:
+    """A folder on this machine; a hub name is downloaded.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    name = name or EMBEDDED_MODEL
+    mistakes = list(path_mistakes(name, "language", has_template=True))
+    if mistakes:
+        raise ModelError(f"--model {name}: {'; '.join(mistakes)}")
+    found = materialise(ModelSection(path=name))
+    if isinstance(found, Path):
+        return found.resolve()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(found, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"--model {name}: no such folder, and not to be had from the hub ({reason})"
+        ) from None
+
+
+@contextmanager
+def open_stage(model: Path, folder: Path, overrides: Sequence[str] = ()) -> Iterator[StageContext]:
+    """An online stage on a cluster of its own; nothing is built yet.
+
+    Args:
+        folder: for logs and lineage. overrides: of the packaged configuration, as on the command line.
+    """
+    words = [f"output_dir={json.dumps(str(folder))}", f"model.path={json.dumps(str(model))}", *overrides]
+    config = load_config(CONFIG, words)
+    with cluster(config.cluster):
+        yield StageContext(
+            config=config,
+            name="online",
+            turn=1,
+            artefacts=Artefacts.at_start(config),
+            folder=RunFolder(config.output_dir),
+            progress=QuietProgress(),
+            interrupt=Event(),
+        )
