@@ -173,7 +173,7 @@ def model_passes(options: Options) -> dict[Arm, Callable[[], object]]:
     model = load_policy_model(model_of(options)).to(device)
     mixed = precision_of(options) == "mixed"
     rows = rollouts_of(lengths_of(options)[:16], model.config.vocab_size).sequences
-    batch = collate(rows, before_responses(np.ones(len(rows), dtype=np.int64), rows), False, device)
+    batch = collate(rows, before_responses(np.ones(len(rows), dtype=np.int64), rows), "padded", device)
     policy = PolicyModel(model, LARGE)
 
     def run(full: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

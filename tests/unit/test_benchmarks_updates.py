@@ -25,6 +25,17 @@ def test_padded_tokens_by_hand() -> None:
     assert [len(each) for each in fixed_rows(BATCH, token_budget=1)] == [1, 1, 1, 1]
 
 
+def test_computed_tokens_by_hand() -> None:
+    """Two prompts of 18 and 77 tokens with three answers each; behind a shared one the last token of each is
+    left out."""
+    grouped = rollouts_of(LENGTHS[:6], vocabulary=100, num_generations=3)
+    answers = (34 + 32 + 12, 15 + 52 + 34)
+    assert train.computed_tokens(grouped, "padded", 1) == 3 * (18 + 77) + sum(answers)
+    shared = (18 + answers[0] - 3, 77 + answers[1] - 3)
+    assert train.computed_tokens(grouped, "shared", 200) == sum(shared)
+    assert train.computed_tokens(grouped, "shared", 1000) == 2 * max(shared), "in one rectangle"
+
+
 def test_answers_to_one_prompt_share_its_tokens() -> None:
     grouped = rollouts_of(LENGTHS[:6], vocabulary=100, num_generations=3)
     assert grouped.prompt_ids.tolist() == [0, 0, 0, 1, 1, 1]
@@ -54,7 +65,8 @@ def assert_measured(results: list[Result], names: set[str]) -> None:
 @pytest.mark.slow
 def test_training_against_a_plain_loop(tmp_path: Path) -> None:
     """Losses and gradients of the arms are compared inside."""
-    assert_measured(train.measure(quick(tmp_path)), {""})
+    shared = {f"shared prompts, short answers, {what}" for what in ("update", "log-probs")}
+    assert_measured(train.measure(quick(tmp_path)), {"", *shared})
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf_ray.config.schema import Layout
 from rlhf_ray.models.batching import (
     before_responses,
     before_targets,
@@ -26,7 +27,7 @@ SEQUENCES = Ragged.from_rows([[5, 6, EOS], [8, EOS], [7, 7, 7, EOS]], np.int32)
 
 def test_right_padding_by_hand() -> None:
     is_target = SEQUENCES.with_values(np.array([0, 1, 1, 0, 1, 0, 0, 1, 1], dtype=bool))
-    batch = collate(SEQUENCES, before_targets(is_target), packing=False, device=CPU)
+    batch = collate(SEQUENCES, before_targets(is_target), layout="padded", device=CPU)
     assert batch.input_ids.tolist() == [[5, 6, EOS, 0], [8, EOS, 0, 0], [7, 7, 7, EOS]]
     assert batch.position_ids is None
     # Row 0 predicts at its positions 0 and 1, row 1 at 0, row 2 at 1 and 2; rows are 4 wide.
@@ -36,7 +37,7 @@ def test_right_padding_by_hand() -> None:
 
 def test_packing_by_hand() -> None:
     is_target = SEQUENCES.with_values(np.array([0, 1, 1, 0, 1, 0, 0, 1, 1], dtype=bool))
-    batch = collate(SEQUENCES, before_targets(is_target), packing=True, device=CPU)
+    batch = collate(SEQUENCES, before_targets(is_target), layout="packed", device=CPU)
     assert batch.input_ids.tolist() == [[5, 6, EOS, 8, EOS, 7, 7, 7, EOS]]
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
@@ -44,27 +45,27 @@ def test_packing_by_hand() -> None:
     assert batch.targets.tolist() == [6, EOS, EOS, 7, EOS]
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_last_position_has_no_target_of_the_next_row(packing: bool) -> None:
-    batch = collate(SEQUENCES, last_positions(SEQUENCES), packing, CPU)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_last_position_has_no_target_of_the_next_row(layout: Layout) -> None:
+    batch = collate(SEQUENCES, last_positions(SEQUENCES), layout, CPU)
     assert batch.targets.tolist() == [0, 0, 0]
     assert batch.input_ids.flatten()[batch.select].tolist() == [EOS, EOS, EOS]
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_no_rows_are_one_token_that_nobody_reads(packing: bool) -> None:
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_no_rows_are_one_token_that_nobody_reads(layout: Layout) -> None:
     nothing = Ragged.from_rows([], np.int32)
-    batch = collate(nothing, np.empty(0, dtype=bool), packing, CPU)
+    batch = collate(nothing, np.empty(0, dtype=bool), layout, CPU)
     assert batch.input_ids.tolist() == [[0]]
     assert (len(batch.select), len(batch.targets)) == (0, 0)
-    assert (batch.position_ids is not None) == packing
+    assert (batch.position_ids is not None) == (layout == "packed")
 
 
 def test_eos_is_a_target_although_it_may_be_the_pad_token() -> None:
     """Prompts of 1, 1 and 2 tokens: every response token is predicted, the EOS of each row among them."""
     is_source = before_responses(np.array([1, 1, 2]), SEQUENCES)
     assert is_source.tolist() == [1, 1, 0, 1, 0, 0, 1, 1, 0]
-    assert collate(SEQUENCES, is_source, False, CPU).targets.tolist() == [6, EOS, EOS, 7, EOS]
+    assert collate(SEQUENCES, is_source, "padded", CPU).targets.tolist() == [6, EOS, EOS, 7, EOS]
 
 
 def test_target_at_the_first_token_has_nothing_before_it() -> None:
@@ -122,7 +123,7 @@ def test_rows_come_back_in_their_order() -> None:
         return batch.input_ids.flatten()[batch.select].float()
 
     parts = [
-        forward_rows(read_ids, SEQUENCES, is_source, micro_batches, packing=False, device=CPU)
+        forward_rows(read_ids, SEQUENCES, is_source, micro_batches, layout="padded", device=CPU)
         for micro_batches in ([[2], []], [[1, 0]])
     ]
     found = in_row_order(parts)
