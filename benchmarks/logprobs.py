@@ -34,6 +34,7 @@ from rlhf_ray.models.loading import load_policy_model
 Arm = Literal["ours", "baseline"]
 SMALLER, AS_FAST = Goal("<=", 0.25), Goal("<=", 1.05)
 MIB = 1 << 20
+SAMPLES = 3
 LARGE = 4096
 """Tokens: the default budget of a micro-batch."""
 
@@ -93,8 +94,8 @@ def head_pass(arm: Arm, spec: Head) -> Callable[[], tuple[torch.Tensor, torch.Te
     return run
 
 
-def added_memory(arm: Arm, spec: Head) -> float:
-    """MiB that a pass adds at its highest point."""
+def added_memory(arm: Arm, spec: Head) -> list[float]:
+    """MiB that each of some passes adds at its highest point."""
     if torch.cuda.is_available():
         return _added_memory(arm, spec)
     # Freed tensors go back to the system at once, instead of into a pool that grows unseen.
@@ -103,20 +104,24 @@ def added_memory(arm: Arm, spec: Head) -> float:
         return process.submit(_added_memory, arm, spec).result()
 
 
-def _added_memory(arm: Arm, spec: Head) -> float:
+def _added_memory(arm: Arm, spec: Head) -> list[float]:
     torch.set_num_threads(spec.threads)
     # What is set up at the first use of a kernel is no part of it.
     head_pass(arm, Head(64, 64, 64, spec.mixed, spec.backward, spec.threads))()
     run = head_pass(arm, spec)
+    return [_peak_of(run) / MIB for _ in range(SAMPLES)]
+
+
+def _peak_of(run: Callable[[], object]) -> int:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
+        return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     run()
-    return (_status("VmHWM") - before) / MIB
+    return _status("VmHWM") - before
 
 
 def _status(name: str) -> int:
@@ -193,18 +198,12 @@ def model_passes(options: Options) -> dict[Arm, Callable[[], object]]:
 
 
 def _memory(options: Options, spec: Head, case: str) -> Result:
-    return compare(
-        "logprobs",
-        lambda: added_memory("ours", spec),
-        lambda: added_memory("baseline", spec),
-        unit="MiB",
-        case=case,
-        goal=SMALLER,
-        pairs=2,  # nothing about it is random
-        warmups=0,
-        say=options.say,
-        notes={"tokens": spec.tokens, "vocabulary": spec.vocabulary, "hidden": spec.hidden},
-    )
+    """No control, and no turns: what other processes do does not change it."""
+    ours, baseline = added_memory("ours", spec), added_memory("baseline", spec)
+    options.say(f"logprobs {case}: ours {ours} MiB, baseline {baseline} MiB")
+    figures = [one / other for one, other in zip(ours, baseline, strict=True)]
+    notes: dict[str, object] = {"tokens": spec.tokens, "vocabulary": spec.vocabulary, "hidden": spec.hidden}
+    return Result("logprobs", case, "MiB", ours, baseline, figures, SMALLER, notes=notes)
 
 
 def _time(options: Options, runs: dict[Arm, Callable[[], object]], case: str) -> Result:

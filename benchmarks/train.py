@@ -40,8 +40,9 @@ from benchmarks.updates import (
     worker_spec,
 )
 from rlhf_ray.config.schema import Layout, TrainingSection
-from rlhf_ray.models.batching import TokenBatch, before_responses, collate, plan_micro_batches
+from rlhf_ray.models.batching import TokenBatch, before_responses, collate
 from rlhf_ray.models.heads import num_head_chunks, token_stats
+from rlhf_ray.models.planning import plan_micro_batches
 from rlhf_ray.types import RLBatch, Rollouts
 from rlhf_ray.workers.objectives import response_batch
 from rlhf_ray.workers.policy import PolicyWorker

@@ -1,9 +1,7 @@
-"""From ragged sequences to the rectangles that a model takes, and which rows go together on which rank."""
+"""From ragged sequences to the rectangles that a model takes."""
 
 from __future__ import annotations
 
-import bisect
-import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,87 +165,3 @@ def last_positions(sequences: Ragged) -> NDArray[np.bool_]:
     is_last = np.zeros(len(sequences.values), dtype=bool)
     is_last[sequences.offsets[1:] - 1] = True
     return is_last
-
-
-Plan = list[list[list[int]]]
-"""rank -> micro-batch -> rows. Every rank has the same number of micro-batches; some may be empty."""
-
-
-def plan_micro_batches(
-    lengths: NDArray[np.int64], num_ranks: int, token_budget: int, prompts: Ragged | None = None
-) -> Plan:
-    """Group rows of similar length up to a budget of padded tokens, and give every rank an equal share.
-
-    There are as few micro-batches as the budget allows (each costs time whatever its size), and they are as
-    equal as that leaves room for. Every rank computes the same plan from the same lengths, so nothing is
-    communicated. A row longer than the budget is a micro-batch by itself.
-
-    Args:
-        lengths: [B] tokens of each row.
-        prompts: B rows, where the rows are answers that share their prompts: those to a prompt then go
-            together, as many as the budget has room for.
-    """
-    if prompts is None:
-        return _plan(lengths, num_ranks, token_budget)
-    # As `collate` has it, the last token of an answer is not computed.
-    answers = np.maximum(lengths - prompts.lengths - 1, 0)
-    bundles = _bundles(prompts, answers, num_ranks, token_budget)
-    costs = np.array([prompts.lengths[rows[0]] + answers[rows].sum() for rows in bundles], dtype=np.int64)
-    return [
-        [[row for bundle in bundle_ids for row in bundles[bundle]] for bundle_ids in micro_batches]
-        for micro_batches in _plan(costs, num_ranks, token_budget)
-    ]
-
-
-def _bundles(
-    prompts: Ragged, answers: NDArray[np.int64], num_ranks: int, token_budget: int
-) -> list[list[int]]:
-    """Rows that share a prompt. With the longest answers first, all bundles of a prompt but the last fill
-    more than half of the budget, so that no two of them meet in a micro-batch.
-
-    Args:
-        answers: [B] tokens of each row after its prompt.
-    """
-    groups = same_prompts(prompts)
-    bundles: list[list[int]] = []
-    group, used = -1, 0
-    for row in np.lexsort((-answers, groups)):
-        if groups[row] != group or used + answers[row] > token_budget:
-            group, used = groups[row], prompts.lengths[row]
-            bundles.append([])
-        bundles[-1].append(int(row))
-        used += answers[row]
-    # No rank stays without work while another has several rows.
-    while 0 < len(bundles) < num_ranks and len(largest := max(bundles, key=len)) > 1:
-        bundles.append(largest[1::2])
-        del largest[1::2]
-    return bundles
-
-
-def _plan(lengths: NDArray[np.int64], num_ranks: int, token_budget: int) -> Plan:
-    order = np.argsort(-lengths, kind="stable")
-    rounds = -(-len(_cut(order, lengths, token_budget)) // num_ranks)
-    fits = bisect.bisect_left(
-        range(token_budget), True, key=lambda budget: len(_cut(order, lengths, budget)) <= rounds * num_ranks
-    )
-    micro_batches = _cut(order, lengths, fits)
-    # Longest processing time first: the next heaviest micro-batch goes to the least loaded rank.
-    ranks: Plan = [[] for _ in range(num_ranks)]
-    heap = [(0, rank) for rank in range(num_ranks)]
-    for rows in sorted(micro_batches, key=lambda rows: -int(lengths[rows[0]]) * len(rows)):
-        load, rank = heapq.heappop(heap)
-        ranks[rank].append(rows)
-        heapq.heappush(heap, (load + int(lengths[rows[0]]) * len(rows), rank))
-    rounds = max(len(batches) for batches in ranks)
-    return [batches + [[]] * (rounds - len(batches)) for batches in ranks]
-
-
-def _cut(order: NDArray[np.int64], lengths: NDArray[np.int64], budget: int) -> list[list[int]]:
-    """Cut rows, in order of falling length, where the next would exceed the budget of padded tokens."""
-    micro_batches: list[list[int]] = []
-    for row in order:
-        longest = lengths[micro_batches[-1][0]] if micro_batches else 0
-        if not micro_batches or longest * (len(micro_batches[-1]) + 1) > budget:
-            micro_batches.append([])
-        micro_batches[-1].append(int(row))
-    return micro_batches

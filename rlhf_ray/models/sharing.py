@@ -49,7 +49,7 @@ def _refusal(model: PreTrainedModel, what: str) -> str:
 @torch.no_grad()
 def _distance(model: PreTrainedModel) -> float:
     """Largest difference of the two layouts, relative to the largest hidden state."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size
     tokens = np.random.default_rng(0).integers(vocabulary, size=24).astype(np.int32)
     prompts = Ragged.from_rows([tokens[:5]] * 3, np.int32)
     sequences = Ragged.join(prompts, Ragged.from_rows([tokens[5:12], tokens[12:15], tokens[15:]], np.int32))

@@ -62,7 +62,7 @@ class _TargetStats(torch.autograd.Function):
     dH / dz = -p (log p + H)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: FunctionCtx, logits: torch.Tensor, targets: torch.Tensor, temperature: float, memory: Memory
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if not memory:
@@ -80,7 +80,7 @@ class _TargetStats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: FunctionCtx, of_logprobs: torch.Tensor | None, of_entropy: torch.Tensor | None, _: None
     ) -> tuple[torch.Tensor | None, None, None, None]:
         logits, targets, log_normalizer, entropy = ctx.saved_tensors  # type: ignore[attr-defined]

@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_ray.config.schema import ModelSection, TrainingSection
-from rlhf_ray.models.batching import TokenBatch, before_responses, plan_micro_batches
+from rlhf_ray.models.batching import TokenBatch, before_responses
 from rlhf_ray.models.heads import PolicyModel
 from rlhf_ray.models.inference import forward_rows, in_row_order, row_totals
 from rlhf_ray.models.loading import load_policy_model
+from rlhf_ray.models.planning import plan_micro_batches
 from rlhf_ray.models.sharing import check_sharing
 from rlhf_ray.types import Ragged, Rollouts, TwoAnswers
 

@@ -18,10 +18,11 @@ from rlhf_ray.algorithms.metrics import MetricSums, finalise, merge, pack, unpac
 from rlhf_ray.config.schema import Layout, OptimizerSection, TrainingSection
 from rlhf_ray.engines.deepspeed_engine import TrainEngine, World, init_world, leave_world
 from rlhf_ray.models.adapters import add_adapter, save_adapter
-from rlhf_ray.models.batching import TokenBatch, plan_micro_batches
+from rlhf_ray.models.batching import TokenBatch
 from rlhf_ray.models.heads import PolicyModel, ScalarModel
 from rlhf_ray.models.inference import forward_rows, in_row_order
 from rlhf_ray.models.loading import save_model_folder
+from rlhf_ray.models.planning import plan_micro_batches
 from rlhf_ray.models.sharing import check_sharing
 from rlhf_ray.types import Metrics, Ragged, Rows
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_ray.config.schema import Layout
-from rlhf_ray.models.batching import (
-    before_responses,
-    before_targets,
-    collate,
-    column_ids,
-    last_positions,
-    plan_micro_batches,
-)
+from rlhf_ray.models.batching import before_responses, before_targets, collate, column_ids, last_positions
 from rlhf_ray.models.inference import forward_rows, in_row_order
+from rlhf_ray.models.planning import MICRO_BATCH_COST, plan_micro_batches
 from rlhf_ray.types import Ragged
 
 CPU = torch.device("cpu")
@@ -108,6 +104,30 @@ def test_plan_shares_out_what_fits_into_one_micro_batch() -> None:
     """A large budget must not leave a rank without work."""
     plan = plan_micro_batches(np.full(8, 10), num_ranks=2, token_budget=10_000)
     assert [[len(batch) for batch in batches] for batches in plan] == [[4], [4]]
+
+
+def partitions(rows: list[int]) -> Iterator[list[list[int]]]:
+    """All ways to put rows into micro-batches."""
+    if not rows:
+        yield []
+        return
+    first, *others = rows
+    for rest in partitions(others):
+        yield [[first], *rest]
+        for index, batch in enumerate(rest):
+            yield [*rest[:index], [first, *batch], *rest[index + 1 :]]
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=6))
+def test_plan_weighs_padding_against_micro_batches(row_lengths: list[int]) -> None:
+    """Where the budget has room for anything, nothing is cheaper."""
+    lengths = np.array(row_lengths)
+
+    def cost(batches: list[list[int]]) -> int:
+        return sum(padded(batch, lengths) + MICRO_BATCH_COST for batch in batches)
+
+    (batches,) = plan_micro_batches(lengths, 1, 10_000)
+    assert cost(batches) == min(cost(each) for each in partitions(list(range(len(lengths)))))
 
 
 def test_plan_of_equal_rows_fills_the_budget() -> None:

@@ -34,9 +34,9 @@ class TrainingSection(Section):
     tokens_per_micro_batch: budget of padded tokens in one forward/backward; raises or lowers memory, never
     the result.
     packing: sequences of a micro-batch in one row, without padding; pays with FlashAttention on a GPU.
-    share_prompts: in the online stage, the answers to a prompt stand behind it in one row, so that it is
-    computed once for those of a micro-batch, with the same result; pays where there are several answers to a
-    prompt that is not much shorter than they are. For models whose every layer has full attention.
+    share_prompts: in the online stage, the answers to a prompt stand behind it in one row, and it is computed
+    once for all of them that a micro-batch has, with the same result. Pays where num_generations is large and
+    answers are not much longer than prompts. For models whose every layer has full attention.
     lora: null trains all weights. Adapters want a learning rate about ten times that of all weights.
     """
 
@@ -58,8 +58,8 @@ class TrainingSection(Section):
     def _one_layout(self) -> TrainingSection:
         if self.packing and self.share_prompts:
             raise ValueError(
-                "share_prompts=true: is a layout of its own, which leaves out the padding within a group; "
-                "leave packing or share_prompts out"
+                "share_prompts=true: gives every prompt a row with its answers, and packing=true puts all "
+                "into one row; leave one of the two out"
             )
         return self
 
