@@ -14,11 +14,12 @@ from rlhf_ray.workers.frozen import ReferenceWorker
 from rlhf_ray.workers.model_worker import ModelWorker
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.scalar import CriticWorker
-from tests.local_roles import CPU, online_section, weights_of
+from tests.local_roles import CPU, logged, online_section, weights_of
 from tests.ranks import EXACT, run_ranks, worker_spec
 from tests.samples import rollouts_of
 from tests.tiny import tiny_model_folder
 from tests.unit.test_deepspeed_engine import Arrays, first_moments
+from tests.unit.test_loops_online import online_loop, train
 
 NUM_PROMPTS, GROUP = 4, 6
 WIDE, NARROW = 4096, 40
@@ -203,3 +204,19 @@ def test_two_ranks(model: ModelSection, tmp_path: Path) -> None:
         assert metrics == other, "ranks agree"
         assert_same_training((metrics, moments), alone)
         np.testing.assert_allclose(found, logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_of_two_steps_is_the_same(model: ModelSection, tmp_path: Path) -> None:
+    """PPO with all roles: rewards, KL, losses and gradients of both steps."""
+    logs = []
+    for share_prompts in (False, True):
+        folder = tmp_path / str(share_prompts)
+        online = section(num_steps=2, prompts_per_step=3, num_generations=4)
+        train(online_loop(model, folder, online, training=training(share_prompts)))
+        logs.append(logged(folder))
+    for alone, shared in zip(*logs, strict=True):
+        assert shared.keys() == alone.keys()
+        numbers = [name for name, value in alone.items() if isinstance(value, float)]
+        assert len(numbers) > 20
+        for name in numbers:
+            assert shared[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-4), name
