@@ -179,7 +179,7 @@ def model_passes(options: Options) -> dict[Arm, Callable[[], object]]:
     mixed = precision_of(options) == "mixed"
     rows = rollouts_of(lengths_of(options)[:16], model.config.vocab_size).sequences
     batch = collate(rows, before_responses(np.ones(len(rows), dtype=np.int64), rows), "padded", device)
-    policy = PolicyModel(model, LARGE)
+    policy = PolicyModel(model)
 
     def run(full: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         model.zero_grad(set_to_none=True)

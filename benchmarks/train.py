@@ -51,10 +51,9 @@ from rlhf_ray.workers.policy import PolicyWorker
 class PlainPolicy(nn.Module):
     """Log-probs at the selected positions. chunked: by chunks, else from all their logits at once."""
 
-    def __init__(self, model: PreTrainedModel, token_budget: int) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.num_chunks = num_head_chunks(token_budget)
         self.chunked = False
 
     def forward(self, batch: TokenBatch) -> torch.Tensor:
@@ -63,7 +62,8 @@ class PlainPolicy(nn.Module):
         hidden = hidden.flatten(0, 1)[batch.select]
         head = self.model.get_output_embeddings()
         if self.chunked:
-            return token_stats(head, hidden, batch.targets, 1.0, self.num_chunks).logprobs
+            num_chunks = num_head_chunks(len(batch.targets))
+            return token_stats(head, hidden, batch.targets, 1.0, num_chunks).logprobs
         return -F.cross_entropy(head(hidden).float(), batch.targets, reduction="none")
 
 
@@ -91,7 +91,7 @@ def against_deepspeed(options: Options, worker: PolicyWorker) -> Result:
     budget = training.tokens_per_micro_batch
     (plan,) = plan_micro_batches(batch.prompts.lengths + batch.responses.lengths, 1, budget)
     micro_batches = [batch.select(rows) for rows in plan]
-    bare = BareDeepSpeed(model_of(options), training, lambda network: PlainPolicy(network, budget))
+    bare = BareDeepSpeed(model_of(options), training, PlainPolicy)
     ours, baseline = pair_of_arms(
         our_update(worker, batch),
         lambda: bare.update(micro_batches, collated),

@@ -54,17 +54,22 @@ def token_stats(
     return TokenStats(logprobs, entropy if entropy_has_grad else entropy.detach(), is_top)
 
 
-def num_head_chunks(token_budget: int) -> int:
-    return -(-token_budget // CHUNK_TOKENS)
+def num_head_chunks(num_tokens: int) -> int:
+    return max(1, -(-num_tokens // CHUNK_TOKENS))
 
 
 class PolicyModel(nn.Module):
-    """A causal language model that answers with log-probs of given tokens instead of logits."""
+    """A causal language model that answers with log-probs of given tokens instead of logits.
 
-    def __init__(self, model: PreTrainedModel, token_budget: int) -> None:
+    Args:
+        token_budget: the most tokens of a forward, where every rank must apply the head equally often, as
+            ZeRO-3 wants it; None: as often as the tokens at hand need, since every chunk casts the head anew.
+    """
+
+    def __init__(self, model: PreTrainedModel, token_budget: int | None = None) -> None:
         super().__init__()
         self.model = model
-        self.num_chunks = num_head_chunks(token_budget)
+        self.token_budget = token_budget
 
     def forward(
         self, batch: TokenBatch, temperature: float = 1.0, entropy_has_grad: bool = False
@@ -74,7 +79,7 @@ class PolicyModel(nn.Module):
             hidden_states(self.model, batch),
             batch.targets,
             temperature,
-            self.num_chunks,
+            num_head_chunks(self.token_budget or len(batch.targets)),
             entropy_has_grad,
         )
 

@@ -65,7 +65,7 @@ class ReferenceWorker:
         self, model: ModelSection, training: TrainingSection, device: torch.device, threads: int
     ) -> None:
         torch.set_num_threads(threads)
-        module = PolicyModel(load_policy_model(model), training.tokens_per_micro_batch)
+        module = PolicyModel(load_policy_model(model), training.lockstep_tokens)
         if training.share_prompts:
             check_sharing(module.model)
         self.model = FrozenModel(module, training, device)

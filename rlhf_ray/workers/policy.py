@@ -35,7 +35,7 @@ class PolicyWorker(ModelWorker):
         online: OnlineSection | None = None,
         wire_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        budget = spec.training.tokens_per_micro_batch
+        budget = spec.training.lockstep_tokens
         super().__init__(
             "policy", lambda: PolicyModel(load_policy_model(model), budget), load_tokenizer(model), spec
         )

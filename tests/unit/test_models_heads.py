@@ -99,7 +99,7 @@ def test_token_stats_of_nothing_reach_the_head() -> None:
 
 
 def test_chunks_hold_the_budget() -> None:
-    assert [num_head_chunks(budget) for budget in (1, 512, 513, 4096)] == [1, 1, 2, 8]
+    assert [num_head_chunks(tokens) for tokens in (0, 1, 512, 513, 4096)] == [1, 1, 1, 2, 8]
 
 
 def slow_logprobs(model: PreTrainedModel, rows: Ragged, temperature: float) -> list[torch.Tensor]:

@@ -49,6 +49,11 @@ class TrainingSection(Section):
     lora: LoraSection | None = None
 
     @property
+    def lockstep_tokens(self) -> int | None:
+        """The most tokens of a forward, where all ranks must take equally many steps through each of them."""
+        return self.tokens_per_micro_batch if self.zero_stage == 3 else None
+
+    @property
     def layout(self) -> Layout:
         if self.share_prompts:
             return "shared"
