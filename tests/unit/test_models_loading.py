@@ -135,7 +135,7 @@ def test_a_reward_model_keeps_its_head_and_scores_alike_everywhere(folder: Path,
     plain = AutoModelForSequenceClassification.from_pretrained(reward_folder, dtype=torch.float32).eval()
     assert (type(plain), plain.config.num_labels) == (LlamaForSequenceClassification, 1)
     rows = Ragged.from_rows([IDS[0].tolist(), [1, 9, 2]], np.int32)
-    ours = ScalarModel(network)(collate(rows, last_positions(rows), False, torch.device("cpu")))
+    ours = ScalarModel(network)(collate(rows, last_positions(rows), "padded", torch.device("cpu")))
     theirs = [
         plain.score(plain.model(torch.tensor([row.tolist()])).last_hidden_state)[0, -1, 0] for row in rows
     ]
