@@ -117,6 +117,10 @@ class Remote(Generic[T]):
     calls: OpenCalls
     timeout: float
 
-    def result(self) -> T:
+    def wait(self) -> None:
+        """Raises: as `OpenCalls.wait`."""
         self.calls.wait(self.done, self.timeout)
+
+    def result(self) -> T:
+        self.wait()
         return ray.get(self.value)

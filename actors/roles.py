@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 
 from actors.calls import Remote
-from actors.group import ActorGroup
+from actors.group import GENERATE, ActorGroup
 from rlhf_ray.config.schema import SyncSection
 from rlhf_ray.reporting.evaluation import EvalRecord
 from rlhf_ray.roles import Done, Pending, Referenced, ScoredChunk
@@ -36,11 +36,18 @@ class RemoteGenerator:
 
     def __init__(self, group: ActorGroup) -> None:
         self.group = group
+        self._last: list[Remote[object]] = []
 
     def generate(self, prompts: Prompts, sampling: SamplingSpec, seed: int) -> Sequence[Pending[Rollouts]]:
         shares = [rows for rows in np.array_split(np.arange(len(prompts)), len(self.group)) if len(rows)]
         args = [(prompts.select(rows), sampling, seed) for rows in shares]
-        return cast(Sequence[Pending[Rollouts]], self.group.call_each("generate", args, kind="generate"))
+        self._last = self.group.call_each("generate", args, kind=GENERATE)
+        return cast(Sequence[Pending[Rollouts]], self._last)
+
+    def wait(self) -> None:
+        """Until the engines have answered all that they were asked."""
+        for call in self._last:
+            call.wait()
 
     def token_logprobs(self, sequences: Ragged) -> Sequence[Pending[Ragged]]:
         shares = [rows for rows in np.array_split(np.arange(len(sequences)), len(self.group)) if len(rows)]
@@ -142,6 +149,9 @@ class RemotePolicy(RemoteTrained):
         return cast(Pending[Metrics], self.group.call("evaluate_sft", batch))
 
     def publish(self, version: int, verify: bool) -> Metrics:
+        if self.engines is not None:
+            # An engine takes weights when it has answered what it is at: until then the wait is for it.
+            self.engines.wait()
         metrics = cast(Remote[Metrics], self.group.call("publish", version, kind="sync")).result()
         return {**metrics, **self._verify()} if verify else metrics
 

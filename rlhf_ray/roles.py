@@ -184,7 +184,8 @@ class Experience(Protocol):
             greedy: the greedy answers to the same prompts, for algorithms that compare with them.
 
         Raises:
-            WeightSyncError: a token was sampled by other weights than those of `info.version`.
+            WeightSyncError: a token was sampled by other weights than those of `info.version`, or of the
+                `max_lag` versions before it.
         """
         ...
 

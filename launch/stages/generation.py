@@ -22,13 +22,26 @@ _FACTORIES = {
 
 
 def demand_engine(
-    context: StageContext, model: ModelSection, name: str = "engine", section: RoleSection | None = None
+    context: StageContext,
+    model: ModelSection,
+    name: str = "engine",
+    section: RoleSection | None = None,
+    *,
+    is_apart: bool = False,
 ) -> RoleDemand:
-    """Args: name: of the role. section: what it takes; by default `placement.engine`."""
+    """
+    Args:
+        name: of the role. section: what it takes; by default `placement.engine`.
+        is_apart: it samples while other roles work.
+    """
     engine = context.config.engine
     memory = context.main_memory(engine_memory(model_size(model), engine))
     return RoleDemand(
-        name, section or context.config.placement.engine, memory, gpus_per_actor=engine.tensor_parallel_size
+        name,
+        section or context.config.placement.engine,
+        memory,
+        gpus_per_actor=engine.tensor_parallel_size,
+        is_apart=is_apart,
     )
 
 

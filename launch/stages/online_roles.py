@@ -50,7 +50,7 @@ def demands(context: StageContext, models: OnlineModels) -> list[RoleDemand]:
     found = [
         context.demand_trained("policy", models.policy),
         *demand_rewards(context, models.policy, models.rewards),
-        demand_engine(context, models.policy),
+        demand_engine(context, models.policy, is_apart=section.max_lag > 0),
     ]
     if section.uses_critic:
         found.append(context.demand_trained("critic", models.policy))

@@ -16,6 +16,11 @@ One step of PPO for language models (Ziegler et al. 2019; Stiennon et al. 2020; 
 The kin (GRPO, RLOO, REINFORCE++, ...) have no values: in 4 they compare the answers to a prompt with each
 other. What an algorithm is stands in `algorithms.table` and `config.schema.algorithms`; the loop is one.
 
+With `max_lag` above 0 the engines are at 1 for the next batches while 2 to 6 are done with this one, so its
+tokens were sampled by weights that are up to so many versions older. The old log-probs of 3 are those of the
+newest weights all the same; what lies between the sampler and pi_old is corrected in 5 (the decoupled
+objective: Hilton et al. 2022; Fu et al. 2025).
+
 Arrays stay with the roles: the loop passes handles on and reads small reports.
 """
 
@@ -33,6 +38,7 @@ from rlhf_ray.config.schema import OnlineSection, SyncSection
 from rlhf_ray.data.cursor import Cursor
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.loops.checkpoints import State, restored_cursor, restored_step
+from rlhf_ray.loops.in_flight import Begun, InFlight
 from rlhf_ray.loops.stage_run import StageRun
 from rlhf_ray.reporting.evaluation import EvalRecord, load_records, save_records
 from rlhf_ray.roles import (
@@ -81,6 +87,18 @@ class Sampled:
         return [chunk.rollouts for chunk in self.chunks]
 
 
+@dataclass(frozen=True)
+class Answering:
+    """What the engines are at, for one batch.
+
+    Fields:
+        greedy: the most likely answers to the same prompts, for algorithms that compare with them.
+    """
+
+    rollouts: Sequence[Pending[Rollouts]]
+    greedy: Sequence[Pending[Rollouts]] = ()
+
+
 NOTHING: Pending[Metrics] = Done({})
 
 
@@ -112,8 +130,10 @@ class OnlineLoop:
         roles.policy.publish(version=start, verify=True)
         before = self.first_evaluation(start)
         run.restart_clock()
+        in_flight: InFlight[Answering] = InFlight(section.max_lag)
         for step in range(start, section.num_steps):
-            sampled = self.sample(cursor, step)
+            self.keep_in_flight(in_flight, cursor, step)
+            sampled = self.judge(in_flight.take(version=step), cursor, step)
             old_logprobs = roles.policy.logprobs(sampled.rollouts) if section.recompute_old_logprobs else None
             values = roles.critic.values(sampled.rollouts) if roles.critic else None
             info = StepInfo(step, version=step, kl_coef=kl.coef)
@@ -131,39 +151,54 @@ class OnlineLoop:
             metrics |= roles.policy.publish(version=step + 1, verify=self.is_verified(step + 1))
             metrics |= self.evaluation_metrics(step + 1)
             run.log(step, metrics)
-            run.save_or_stop(step + 1, self.models, lambda: self.state(cursor, kl))
+            run.save_or_stop(step + 1, self.models, lambda: self.state(cursor, kl, in_flight))
         return before, self.evaluate()
 
-    def sample(self, cursor: Cursor, step: int) -> Sampled:
-        """Answers to the next prompts, judged."""
-        if self.section.recipe.dynamic_sampling:
-            return self.sample_informative(cursor, step)
-        prompts = self.prompts.select(cursor.next(self.section.prompts_per_step))
-        seed = derive_seed(self.run.seed, step)
-        chunks = self.judged(self.roles.generator.generate(prompts, self.sampling, seed))
-        if not ALGORITHMS[self.section.algorithm].needs_greedy:
-            return Sampled(chunks)
-        greedy = self.roles.generator.generate(prompts, self.sampling_one(temperature=0.0), seed)
-        return Sampled(chunks, self.scored(greedy))
+    def keep_in_flight(self, in_flight: InFlight[Answering], cursor: Cursor, step: int) -> None:
+        """The engines are always at (max_lag + 1) batches: that of `step` and the next ones."""
+        while not in_flight.is_full and (batch := step + len(in_flight)) < self.section.num_steps:
+            rows = cursor.next(self.section.prompts_per_step).tolist()
+            in_flight.add(Begun(tuple(rows), version=step, work=self.begin(rows, batch)))
 
-    def sample_informative(self, cursor: Cursor, step: int) -> Sampled:
-        """Draw prompts until enough of them have answers that the rewards tell apart (DAPO: Yu et al. 2025,
-        section 3.2). Where they do not suffice, others fill the batch up."""
+    def begin(self, rows: Sequence[int], batch: int) -> Answering:
+        """Let the engines answer. batch: the step that will train on it."""
+        if self.section.recipe.dynamic_sampling:
+            return Answering(self.sample_round(rows, batch, 0))
+        prompts, seed = self.prompts.select(rows), derive_seed(self.run.seed, batch)
+        rollouts = self.roles.generator.generate(prompts, self.sampling, seed)
+        if not ALGORITHMS[self.section.algorithm].needs_greedy:
+            return Answering(rollouts)
+        greedy = self.roles.generator.generate(prompts, self.sampling_one(temperature=0.0), seed)
+        return Answering(rollouts, greedy)
+
+    def judge(self, begun: Begun[Answering], cursor: Cursor, step: int) -> Sampled:
+        """The answers, with what the frozen models say of them."""
+        if self.section.recipe.dynamic_sampling:
+            return self.judge_informative(begun, cursor, step)
+        return Sampled(self.judged(begun.work.rollouts), self.scored(begun.work.greedy))
+
+    def sample_round(self, rows: Sequence[int], step: int, num_rounds: int) -> Sequence[Pending[Rollouts]]:
+        seed = derive_seed(self.run.seed, step, num_rounds)
+        return self.roles.generator.generate(self.prompts.select(rows), self.sampling, seed)
+
+    def judge_informative(self, begun: Begun[Answering], cursor: Cursor, step: int) -> Sampled:
+        """Draw more prompts until enough of them have answers that the rewards tell apart (DAPO: Yu et al.
+        2025, section 3.2). Where they do not suffice, others fill the batch up."""
         wanted, experience = self.section.prompts_per_step, self.roles.experience
         scored: list[ScoredChunk] = []
-        drawn: set[int] = set()
+        drawn = set(begun.rows)
+        rollouts = begun.work.rollouts
         num_informative = num_rounds = 0
-        while num_informative < wanted and num_rounds < self.section.max_sampling_rounds:
-            rows = [row for row in cursor.next(wanted).tolist() if row not in drawn]
-            if not rows:
-                break
-            drawn.update(rows)
-            seed = derive_seed(self.run.seed, step, num_rounds)
-            rollouts = self.roles.generator.generate(self.prompts.select(rows), self.sampling, seed)
+        while rollouts:
             fresh = self.scored(rollouts)
             scored += fresh
             num_informative += sum(experience.num_informative(chunk).result() for chunk in fresh)
             num_rounds += 1
+            if num_informative >= wanted or num_rounds >= self.section.max_sampling_rounds:
+                break
+            rows = [row for row in cursor.next(wanted).tolist() if row not in drawn]
+            drawn.update(rows)
+            rollouts = self.sample_round(rows, step, num_rounds) if rows else ()
         chosen, scores = experience.select(scored, wanted)
         metrics = {
             "sampling/rounds": float(num_rounds),
@@ -244,10 +279,10 @@ class OnlineLoop:
         critic = {"critic": self.roles.critic} if self.roles.critic else {}
         return {"policy": self.roles.policy, **critic}
 
-    def state(self, cursor: Cursor, kl: KLController) -> State:
-        """All that moves besides the models."""
+    def state(self, cursor: Cursor, kl: KLController, in_flight: InFlight[Answering]) -> State:
+        """All that moves besides the models. What is in flight is not saved: its prompts come again."""
         return {
-            "cursor": dict(cursor.state()),
+            "cursor": dict(cursor.state(again=in_flight.rows)),
             "kl": kl.state_dict(),
             "experience": self.roles.experience.state_dict().result(),
         }

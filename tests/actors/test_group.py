@@ -237,7 +237,8 @@ def test_the_timeline_books_unions(make_stage: Callable[..., Stage]) -> None:
     policy.call("sleep", 0.2, kind="train_policy").result()
     policy.call("sleep", 0.4).result()
     seconds = stage.timeline.take()
-    assert set(seconds) == {"time/generate", "time/train_policy", "time/busy"}
+    assert set(seconds) == {"time/generate", "time/train_policy", "time/busy", "time/wait"}
+    assert seconds["time/wait"] == pytest.approx(seconds["time/generate"], abs=1e-6)
     assert 0.3 <= seconds["time/generate"] < 0.5, "two engines at the same time count once"
     assert 0.2 <= seconds["time/train_policy"] < 0.4
     assert seconds["time/busy"] == pytest.approx(
@@ -253,6 +254,23 @@ def test_the_timeline_does_not_wait_for_calls_under_way(make_stage: Callable[...
     assert stage.timeline.take() == {}
     pending.result()
     assert 1.0 <= stage.timeline.take()["time/generate"] < 1.5
+
+
+def test_only_time_in_which_nothing_but_generation_runs_is_waited_for(
+    make_stage: Callable[..., Stage],
+) -> None:
+    stage = make_stage(turns=False)
+    engine, policy = stage.group("engine"), stage.group("policy")
+    stage.timeline.take()
+    ahead = engine.call("sleep", 1.2, kind="generate")
+    policy.call("sleep", 0.5, kind="train_policy").result()
+    first = stage.timeline.take()
+    assert 0.5 <= first["time/busy"] < 0.7
+    ahead.result()
+    second = stage.timeline.take()
+    assert 1.2 <= second["time/generate"] < 1.4, "the whole call, in the step in which it ended"
+    assert 0.5 < second["time/wait"] < 0.8, "what was left of it after the first step"
+    assert second["time/busy"] == second["time/wait"]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ class OnlineSection(Section):
     [1 / importance_cap, importance_cap].
     recompute_old_logprobs: false takes the sampler's log-probs for the old policy's and saves a forward pass;
     the ratio of the loss is then that of trainer and sampler, and the correction applies to it.
+    max_lag: training does not wait for generation, but is at most so many updates ahead of it
+    (docs/asynchrony.md).
     advantage_function, policy_loss_function: functions of your own, `module:name`, in place of the
     algorithm's (docs/algorithms.md).
     critic_init, critic_warmup_steps, critic_optimizer, lam, cliprange_value: for algorithms with a critic.
@@ -65,6 +67,9 @@ class OnlineSection(Section):
         64, description="tokens of an answer; with an environment, of each"
     )
     max_prompt_length: Positive = 512
+    max_lag: NonNegative = Field(
+        0, description="versions by which the weights that sample may be behind those in training"
+    )
     temperature: float = Field(1.0, gt=0)
 
     num_ppo_epochs: Positive = 1
