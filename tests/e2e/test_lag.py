@@ -24,13 +24,12 @@ def test_a_batch_is_sampled_while_the_one_before_it_is_trained_on(
     for step, row in enumerate(rows):
         # In float32 trainer and engine agree on the same weights, and no longer on those of a step before.
         assert (float(row["mismatch/logprob_diff_max"]) > 1e-3) == (step > 0)
-        assert row["time/wait"] >= 0
+        assert ("time/wait" in row) == (step < 4), "beside the last step nothing is left to generate"
         samples = rollouts(run, step)
         assert {(s["version_min"], s["version_max"]) for s in samples} == {
             (max(0, step - 1), max(0, step - 1))
         }
         assert [s["prompt_id"] for s in samples] == [s["prompt_id"] for s in rollouts(online_run, step)]
-    assert float(rows[-1]["time/wait"]) < float(rows[-1]["time/generate"]), "the last was sampled ahead"
     for row in (rows[0], rows[2]):
         assert float(row["sync/probe_mean"]) < 1e-4
         assert row["sync/probe_followed"] == pytest.approx(1.0, abs=1e-2)
