@@ -140,6 +140,12 @@ class ActorGroup:
         done = self._end_turn(method, returns, kind)
         return [self._remote(refs[0], (end,)) for refs, end in zip(returns, done, strict=True)]
 
+    def call_rank(self, rank: int, method: str, *args: object, kind: str | None = None) -> Remote[object]:
+        """Call a method on one actor alone."""
+        value, end = self._submit(rank, "call", 2, method, args)
+        self._end_turn(method, [[end]], kind, first_rank=rank)
+        return self._remote(value, (end,))
+
     def _submit(
         self, rank: int, entry: str, num_returns: int, method: str, args: Sequence[object]
     ) -> list[ray.ObjectRef]:
@@ -148,12 +154,16 @@ class ActorGroup:
         return remote.remote(method, len(after), *after, *map(_unwrap_argument, args))
 
     def _end_turn(
-        self, method: str, returns: Sequence[Sequence[ray.ObjectRef]], kind: str | None
+        self,
+        method: str,
+        returns: Sequence[Sequence[ray.ObjectRef]],
+        kind: str | None,
+        first_rank: int = 0,
     ) -> tuple[ray.ObjectRef, ...]:
         """Note the calls of a turn. returns: of each rank's call; the last of them, its span, is returned."""
         done = tuple(refs[-1] for refs in returns)
         self.turns.last = done
-        self._opened(method, done)
+        self._opened(method, done, first_rank)
         if kind is not None:
             self.timeline.calls.extend((kind, ref) for ref in done)
         return done
@@ -161,9 +171,9 @@ class ActorGroup:
     def _remote(self, value: ray.ObjectRef, done: tuple[ray.ObjectRef, ...]) -> Remote[object]:
         return Remote(value, done, self.timeline.open, self.timeout)
 
-    def _opened(self, method: str, done: Sequence[ray.ObjectRef]) -> None:
-        """List calls of the first ranks as open."""
-        for rank, ref in enumerate(done):
+    def _opened(self, method: str, done: Sequence[ray.ObjectRef], first_rank: int = 0) -> None:
+        """List calls of consecutive ranks as open."""
+        for rank, ref in enumerate(done, start=first_rank):
             name = self.name if len(self) == 1 else f"{self.name}[{rank}]"
             self.timeline.open.add(f"{name}.{method}", ref)
 

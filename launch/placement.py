@@ -14,12 +14,13 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.group import ActorGroup, Timeline, Turns
-from actors.host import Host
+from actors.host import AsyncHost, Host
 from rlhf_ray.config.schema import ClusterSection, RoleSection
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.reporting.run_folder import RunFolder
 
 GIB = 1 << 30
+MAX_CALLS = 100_000
 
 
 @dataclass(frozen=True)
@@ -182,12 +183,15 @@ class Placement:
             "placement.<role>.count, cpus or gpus, use a smaller model, or give the cluster more"
         )
 
-    def start(self, name: str) -> ActorGroup:
+    def start(self, name: str, host: type[Host] = Host) -> ActorGroup:
         """Start the actors of a role; their workers are built by `ActorGroup.build`."""
         share, demand = self.shares[name], self.demands[name]
         handles = [
             self._start_host(
-                f"{name}-{rank}" if demand.section.count > 1 else name, share, self._first_bundle[name] + rank
+                f"{name}-{rank}" if demand.section.count > 1 else name,
+                share,
+                self._first_bundle[name] + rank,
+                host,
             )
             for rank in range(demand.section.count)
         ]
@@ -204,18 +208,22 @@ class Placement:
         self._groups.append(group)
         return group
 
-    def _start_host(self, name: str, share: RoleShare, bundle: int | None) -> ActorHandle:
+    def _start_host(
+        self, name: str, share: RoleShare, bundle: int | None, host: type[Host] = Host
+    ) -> ActorHandle:
         strategy: PlacementGroupSchedulingStrategy | str = "DEFAULT"
         if bundle is not None:
             strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         log = self.folder.logs.resolve() / f"{name}.log"
-        host = ray.remote(Host).options(
+        actor = ray.remote(host).options(
             num_cpus=share.cpus,
             num_gpus=share.gpus,
             scheduling_strategy=strategy,
             runtime_env={"env_vars": _environment(share.threads)},
+            # Ray's default is 1000 where calls run beside each other; every prompt in flight is one.
+            **({"max_concurrency": MAX_CALLS} if issubclass(host, AsyncHost) else {}),
         )
-        return cast(ActorHandle, host.remote(name, str(log)))
+        return cast(ActorHandle, actor.remote(name, str(log)))
 
     def wait_until_built(self) -> None:
         """Wait for all workers together: what takes long in building them is importing and loading."""

@@ -45,6 +45,15 @@ def demand_engine(
     )
 
 
+def streams(context: StageContext) -> bool:
+    """Whether engines go on with what they are at when weights change. Episodes do not, since environments
+    reply to all of them together."""
+    online, engine = context.config.online, context.config.engine
+    if online is None or online.environment or engine.backend != "vllm":
+        return False
+    return online.max_lag > 0 or online.stragglers == "drop"
+
+
 def build_engines(
     context: StageContext,
     placement: Placement,
@@ -87,6 +96,12 @@ def build_engines(
         }
         arguments = [{**episodes, "arguments": own} for own in arguments]
         factory = "rlhf_ray.environments.generator:build_environment_generator"
+    if online is not None and streams(context):
+        arguments = [
+            {"engine": factory, "arguments": {**own, "kv_on_update": online.kv_on_update}}
+            for own in arguments
+        ]
+        factory = "rlhf_ray.engines.streaming:StreamingGenerator"
     group.build(factory, arguments, context.config.cluster.start_timeout)
 
 

@@ -53,6 +53,10 @@ class Cursor:
                 self._order = self._order_of(self._epoch_number)
         return np.concatenate(parts)
 
+    def give_back(self, rows: Sequence[int]) -> None:
+        """Rows of which nothing was made come again, before all others."""
+        self._again += rows
+
     def state(self, again: Sequence[int] = ()) -> CursorState:
         """JSON-able; the place of the next row that `next` will hand out.
 

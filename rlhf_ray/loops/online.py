@@ -27,76 +27,26 @@ Arrays stay with the roles: the loop passes handles on and reads small reports.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from rlhf_ray.algorithms import ALGORITHMS
 from rlhf_ray.algorithms.kl import AdaptiveKLController, FixedKLController, KLController
 from rlhf_ray.config.schema import OnlineSection, SyncSection
 from rlhf_ray.data.cursor import Cursor
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.loops.checkpoints import State, restored_cursor, restored_step
-from rlhf_ray.loops.in_flight import Begun, InFlight
+from rlhf_ray.loops.sampling import OnlineRoles, Sampler
 from rlhf_ray.loops.stage_run import StageRun
 from rlhf_ray.reporting.evaluation import EvalRecord, load_records, save_records
-from rlhf_ray.roles import (
-    Critic,
-    Done,
-    Experience,
-    Generator,
-    Pending,
-    Policy,
-    Reference,
-    ScoredChunk,
-    Scorer,
-)
+from rlhf_ray.roles import Critic, Done, Pending, Policy
 from rlhf_ray.seeds import derive_seed
-from rlhf_ray.types import Metrics, Prompts, Ragged, Rollouts, SamplingSpec, StepInfo
+from rlhf_ray.types import Metrics, Prompts, StepInfo
 
 FIRST_KL_LIMIT = 0.02
 """Nats a token by which policy and reference may differ at the first step: their weights are equal, but their
 micro-batches may be cut differently, and bfloat16 rounds."""
-
-
-@dataclass(frozen=True)
-class OnlineRoles:
-    generator: Generator
-    scorer: Scorer
-    reference: Reference | None
-    policy: Policy
-    critic: Critic | None
-    experience: Experience
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """The answers of a step.
-
-    Fields:
-        greedy: the most likely answers to the same prompts, for algorithms that compare with them.
-    """
-
-    chunks: list[ScoredChunk]
-    greedy: list[ScoredChunk] = field(default_factory=list)
-    metrics: Metrics = field(default_factory=dict)
-
-    @property
-    def rollouts(self) -> list[Pending[Rollouts]]:
-        return [chunk.rollouts for chunk in self.chunks]
-
-
-@dataclass(frozen=True)
-class Answering:
-    """What the engines are at, for one batch.
-
-    Fields:
-        greedy: the most likely answers to the same prompts, for algorithms that compare with them.
-    """
-
-    rollouts: Sequence[Pending[Rollouts]]
-    greedy: Sequence[Pending[Rollouts]] = ()
 
 
 NOTHING: Pending[Metrics] = Done({})
@@ -117,6 +67,7 @@ class OnlineLoop:
     held_out: Prompts
     run: StageRun
     starts_at_reference: bool
+    sampler: Sampler = field(init=False, repr=False)
 
     def train(self) -> tuple[list[EvalRecord], list[EvalRecord]]:
         """Run all steps, or those that are left.
@@ -128,12 +79,12 @@ class OnlineLoop:
         cursor, kl, start = self.restore()
         run.begin(start, section.num_steps)
         roles.policy.publish(version=start, verify=True)
+        sampler = self.sampler = Sampler(section, roles, self.prompts, cursor, run.seed)
         before = self.first_evaluation(start)
         run.restart_clock()
-        in_flight: InFlight[Answering] = InFlight(section.max_lag)
         for step in range(start, section.num_steps):
-            self.keep_in_flight(in_flight, cursor, step)
-            sampled = self.judge(in_flight.take(version=step), cursor, step)
+            sampler.keep_in_flight(step)
+            sampled = sampler.take(step)
             old_logprobs = roles.policy.logprobs(sampled.rollouts) if section.recompute_old_logprobs else None
             values = roles.critic.values(sampled.rollouts) if roles.critic else None
             info = StepInfo(step, version=step, kl_coef=kl.coef)
@@ -151,84 +102,8 @@ class OnlineLoop:
             metrics |= roles.policy.publish(version=step + 1, verify=self.is_verified(step + 1))
             metrics |= self.evaluation_metrics(step + 1)
             run.log(step, metrics)
-            run.save_or_stop(step + 1, self.models, lambda: self.state(cursor, kl, in_flight))
+            run.save_or_stop(step + 1, self.models, lambda: self.state(kl))
         return before, self.evaluate()
-
-    def keep_in_flight(self, in_flight: InFlight[Answering], cursor: Cursor, step: int) -> None:
-        """The engines are always at (max_lag + 1) batches: that of `step` and the next ones."""
-        while not in_flight.is_full and (batch := step + len(in_flight)) < self.section.num_steps:
-            rows = cursor.next(self.section.prompts_per_step).tolist()
-            in_flight.add(Begun(tuple(rows), version=step, work=self.begin(rows, batch)))
-
-    def begin(self, rows: Sequence[int], batch: int) -> Answering:
-        """Let the engines answer. batch: the step that will train on it."""
-        if self.section.recipe.dynamic_sampling:
-            return Answering(self.sample_round(rows, batch, 0))
-        prompts, seed = self.prompts.select(rows), derive_seed(self.run.seed, batch)
-        rollouts = self.roles.generator.generate(prompts, self.sampling, seed)
-        if not ALGORITHMS[self.section.algorithm].needs_greedy:
-            return Answering(rollouts)
-        greedy = self.roles.generator.generate(prompts, self.sampling_one(temperature=0.0), seed)
-        return Answering(rollouts, greedy)
-
-    def judge(self, begun: Begun[Answering], cursor: Cursor, step: int) -> Sampled:
-        """The answers, with what the frozen models say of them."""
-        if self.section.recipe.dynamic_sampling:
-            return self.judge_informative(begun, cursor, step)
-        return Sampled(self.judged(begun.work.rollouts), self.scored(begun.work.greedy))
-
-    def sample_round(self, rows: Sequence[int], step: int, num_rounds: int) -> Sequence[Pending[Rollouts]]:
-        seed = derive_seed(self.run.seed, step, num_rounds)
-        return self.roles.generator.generate(self.prompts.select(rows), self.sampling, seed)
-
-    def judge_informative(self, begun: Begun[Answering], cursor: Cursor, step: int) -> Sampled:
-        """Draw more prompts until enough of them have answers that the rewards tell apart (DAPO: Yu et al.
-        2025, section 3.2). Where they do not suffice, others fill the batch up."""
-        wanted, experience = self.section.prompts_per_step, self.roles.experience
-        scored: list[ScoredChunk] = []
-        drawn = set(begun.rows)
-        rollouts = begun.work.rollouts
-        num_informative = num_rounds = 0
-        while rollouts:
-            fresh = self.scored(rollouts)
-            scored += fresh
-            num_informative += sum(experience.num_informative(chunk).result() for chunk in fresh)
-            num_rounds += 1
-            if num_informative >= wanted or num_rounds >= self.section.max_sampling_rounds:
-                break
-            rows = [row for row in cursor.next(wanted).tolist() if row not in drawn]
-            drawn.update(rows)
-            rollouts = self.sample_round(rows, step, num_rounds) if rows else ()
-        chosen, scores = experience.select(scored, wanted)
-        metrics = {
-            "sampling/rounds": float(num_rounds),
-            "sampling/informative_fraction": num_informative / len(drawn),
-        }
-        return Sampled([ScoredChunk(chosen, scores, self.reference_logprobs(chosen))], metrics=metrics)
-
-    def scored(self, rollouts: Sequence[Pending[Rollouts]]) -> list[ScoredChunk]:
-        """With rewards, begun as soon as a chunk is there."""
-        return [ScoredChunk(chunk, self.roles.scorer.score(chunk), None) for chunk in rollouts]
-
-    def judged(self, rollouts: Sequence[Pending[Rollouts]]) -> list[ScoredChunk]:
-        """With rewards and the reference's log-probs."""
-        return [
-            replace(chunk, ref_logprobs=self.reference_logprobs(chunk.rollouts))
-            for chunk in self.scored(rollouts)
-        ]
-
-    def reference_logprobs(self, rollouts: Pending[Rollouts]) -> Pending[Ragged] | None:
-        reference = self.roles.reference
-        return reference.logprobs(rollouts, self.section.temperature) if reference else None
-
-    @property
-    def sampling(self) -> SamplingSpec:
-        one = self.sampling_one(self.section.temperature)
-        return replace(one, num_generations=self.section.num_generations)
-
-    def sampling_one(self, temperature: float) -> SamplingSpec:
-        """One answer a prompt; the most likely one at temperature 0."""
-        return SamplingSpec(self.section.max_completion_length, temperature=temperature)
 
     def is_verified(self, version: int) -> bool:
         return version <= self.sync.verify_first or version % self.sync.verify_every == 0
@@ -251,10 +126,11 @@ class OnlineLoop:
 
     def evaluate(self) -> list[EvalRecord]:
         """One answer to each held-out prompt, sampled as in training, always with the same seed."""
-        roles = self.roles
-        sampling = self.sampling_one(self.section.temperature)
-        rollouts = roles.generator.generate(self.held_out, sampling, seed=derive_seed(self.run.seed))
-        judged = self.judged(rollouts)
+        roles, sampler = self.roles, self.sampler
+        sampling = sampler.sampling_one(self.section.temperature)
+        seed = derive_seed(self.run.seed)
+        rollouts = sampler.whole(roles.generator.generate(self.held_out, sampling, seed))
+        judged = sampler.judged(rollouts)
         logprobs = roles.policy.logprobs(rollouts) if roles.reference else None
         return roles.experience.evaluate(judged, logprobs).result()
 
@@ -279,10 +155,10 @@ class OnlineLoop:
         critic = {"critic": self.roles.critic} if self.roles.critic else {}
         return {"policy": self.roles.policy, **critic}
 
-    def state(self, cursor: Cursor, kl: KLController, in_flight: InFlight[Answering]) -> State:
+    def state(self, kl: KLController) -> State:
         """All that moves besides the models. What is in flight is not saved: its prompts come again."""
         return {
-            "cursor": dict(cursor.state(again=in_flight.rows)),
+            "cursor": dict(self.sampler.cursor.state(again=self.sampler.in_flight.rows)),
             "kl": kl.state_dict(),
             "experience": self.roles.experience.state_dict().result(),
         }

@@ -34,7 +34,7 @@ from rlhf_ray.reporting.lineage import LineageBatch, write_lineage
 from rlhf_ray.reporting.transcripts import transcripts
 from rlhf_ray.types import Metrics, Ragged, RLBatch, Rollouts, Scores, StepInfo
 from rlhf_ray.workers.algorithm import algorithm_of, correction_of
-from rlhf_ray.workers.sampled import SampledPart, did_not_fail, num_turns
+from rlhf_ray.workers.sampled import SampledPart, by_prompt, did_not_fail, num_turns
 from rlhf_ray.workers.staleness import check_versions, lag_metrics
 
 
@@ -179,6 +179,10 @@ class ExperienceWorker:
         if self.section.importance_correction != "none":
             metrics |= finalise(correction_metrics(weights, is_trained))
         return metrics
+
+    def gather(self, *chunks: Rollouts) -> Rollouts:
+        """All in one, in the order of the prompts' ids."""
+        return by_prompt(Rollouts.concat(chunks))
 
     def num_informative(self, rollouts: Rollouts, scores: Scores) -> int:
         """Prompts whose answers did not all get the same reward."""

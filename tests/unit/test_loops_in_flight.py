@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_ray.config.schema import ModelSection
+from rlhf_ray.data.cursor import Cursor
 from rlhf_ray.errors import RlhfRayError, WeightSyncError
 from rlhf_ray.loops.in_flight import Begun, InFlight
 from rlhf_ray.loops.online import OnlineLoop
@@ -21,7 +22,7 @@ from rlhf_ray.roles import Generator, Pending
 from rlhf_ray.types import Prompts, RLBatch, Rollouts, SamplingSpec, StepInfo
 from rlhf_ray.workers.experience import ExperienceWorker
 from tests.fakes import PowerCut, Watcher, cut_power
-from tests.local_roles import LocalExperience, logged, online_section
+from tests.local_roles import LocalExperience, LocalGenerator, logged, online_section, stage_run
 from tests.tiny import tiny_model_folder
 from tests.unit.test_loops_algorithms import EVEN
 from tests.unit.test_loops_online import TEXTS, assert_same_run, online_loop, policy_of, train
@@ -35,36 +36,70 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSection:
 # what is in flight
 
 
-@given(max_lag=st.integers(0, 5), num_steps=st.integers(1, 20))
-def test_no_batch_is_older_than_the_bound_and_most_are_as_old(max_lag: int, num_steps: int) -> None:
-    in_flight: InFlight[int] = InFlight(max_lag)
+def batch_of(*rows: int, version: int) -> Begun[None]:
+    return Begun(rows, version, None)
+
+
+@given(max_lag=st.integers(0, 5), num_steps=st.integers(1, 20), size=st.integers(1, 3), apart=st.booleans())
+def test_no_prompt_is_older_than_the_bound_and_most_are_as_old(
+    max_lag: int, num_steps: int, size: int, apart: bool
+) -> None:
+    """The oldest first, with room for max_lag + 1 batches; whether prompts are begun together or apart."""
+    in_flight: InFlight[None] = InFlight((max_lag + 1) * size, max_lag)
     lags = []
+    drawn = 0
     for version in range(num_steps):
-        while not in_flight.is_full and version + len(in_flight) < num_steps:
-            batch = version + len(in_flight)
-            in_flight.add(Begun((batch,), version, batch))
-        assert len(in_flight) == min(max_lag + 1, num_steps - version)
-        begun = in_flight.take(version)
-        assert begun.work == version, "in the order in which they began"
-        lags.append(version - begun.version)
+        while in_flight.room and drawn < num_steps * size:
+            rows = range(drawn, drawn := drawn + size)
+            pieces = [(row,) for row in rows] if apart else [tuple(rows)]
+            in_flight.add([batch_of(*piece, version=version) for piece in pieces])
+        taken = in_flight.take(version, size)
+        rows_taken = [row for begun in taken for row in begun.rows]
+        assert rows_taken == list(range(version * size, (version + 1) * size)), "in the order of the draw"
+        lags += [version - begun.version for begun in taken[:1]]
+        assert in_flight.give_up(version + 1) == []
     assert lags == [min(version, max_lag) for version in range(num_steps)]
     assert in_flight.rows == []
 
 
+@given(st.data())
+def test_what_is_taken_first_is_within_the_bound_if_the_late_are_given_up(data: st.DataObject) -> None:
+    max_lag, size, spare = (data.draw(st.integers(least, 3)) for least in (0, 1, 0))
+    in_flight: InFlight[int] = InFlight((max_lag + 1) * size + spare, max_lag)
+    fates: dict[int, list[str]] = {}
+    for version in range(8):
+        for row in range(len(fates), len(fates) + in_flight.room):
+            in_flight.add([Begun((row,), version, row)])
+            fates[row] = []
+
+        def choose(work: Sequence[int], count: int) -> list[int]:
+            return data.draw(st.permutations(range(len(work))))[:count]
+
+        taken = in_flight.take(version, size, choose)
+        assert len(taken) == size
+        assert all(version - begun.version <= max_lag for begun in taken)
+        assert [begun.work for begun in taken] == sorted(begun.work for begun in taken), "oldest first"
+        for fate, those in (("taken", taken), ("late", in_flight.give_up(version + 1))):
+            for begun in those:
+                fates[begun.work].append(fate)
+    for own, fate in fates.items():
+        assert len(fate) == (0 if own in in_flight.rows else 1), "trained on once, or given up once"
+
+
 def test_rows_in_flight_are_those_that_were_not_taken() -> None:
-    in_flight: InFlight[None] = InFlight(2)
-    for rows in ((3, 1), (4,), (1, 5)):
-        in_flight.add(Begun(rows, 0, None))
-    in_flight.take(0)
-    assert in_flight.rows == [4, 1, 5]
+    in_flight: InFlight[None] = InFlight(6, 2)
+    in_flight.add([batch_of(3, 1, version=0), batch_of(4, 2, version=0), batch_of(1, 5, version=0)])
+    assert in_flight.room == 0
+    in_flight.take(0, 2)
+    assert in_flight.rows == [4, 2, 1, 5]
 
 
 @pytest.mark.parametrize("version", [2, 5])
 def test_a_batch_that_is_too_old_or_of_the_future_is_not_trained_on(version: int) -> None:
-    in_flight: InFlight[None] = InFlight(1)
-    in_flight.add(Begun((0,), 3, None))
+    in_flight: InFlight[None] = InFlight(2, 1)
+    in_flight.add([batch_of(0, version=3)])
     with pytest.raises(RlhfRayError, match=rf"version 3 would train version {version}; online.max_lag=1$"):
-        in_flight.take(version)
+        in_flight.take(version, 1)
 
 
 # the loop
@@ -85,6 +120,7 @@ class Recorded:
     generator: Generator
     published: list[int]
     asked: list[tuple[int, int]] = field(default_factory=list)
+    streams: bool = False
 
     def generate(self, prompts: Prompts, sampling: SamplingSpec, seed: int) -> Sequence[Pending[Rollouts]]:
         self.asked.append((len(prompts), self.published[-1]))
@@ -242,3 +278,96 @@ def test_reward_goes_up_with_two_versions_between(model: ModelSection, tmp_path:
     train(online_loop(model, tmp_path, section))
     rewards = [float(row["reward/mean"]) for row in logged(tmp_path)]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.7
+
+
+@dataclass
+class Slow:
+    """Answers prompt by prompt, those to some prompts after all others.
+
+    Fields:
+        slow: ids of these prompts. given_up: chunks that nobody wanted any more.
+    """
+
+    generator: LocalGenerator
+    slow: set[int]
+    given_up: list[Pending[Rollouts]] = field(default_factory=list)
+    streams: bool = True
+
+    def generate(self, prompts: Prompts, sampling: SamplingSpec, seed: int) -> Sequence[Pending[Rollouts]]:
+        return self.generator.generate(prompts, sampling, seed)
+
+    def first_done(self, chunks: Sequence[Pending[Rollouts]], count: int) -> Sequence[int]:
+        is_slow = [int(chunk.result().prompt_ids[0]) in self.slow for chunk in chunks]
+        return sorted(range(len(chunks)), key=lambda index: (is_slow[index], index))[:count]
+
+    def give_up(self, chunks: Sequence[Pending[Rollouts]]) -> None:
+        self.given_up += chunks
+
+
+def slow_loop(
+    model: ModelSection, folder: Path, slow: set[int], **options: object
+) -> tuple[OnlineLoop, Slow]:
+    loop = online_loop(model, folder, online_section(stragglers="drop", **options))
+    assert isinstance(loop.roles.generator, LocalGenerator)
+    generator = Slow(replace(loop.roles.generator, streams=True), slow)
+    loop.roles = replace(loop.roles, generator=generator)
+    return loop, generator
+
+
+def test_prompts_that_are_answered_prompt_by_prompt_are_put_in_order(
+    model: ModelSection, tmp_path: Path
+) -> None:
+    section = online_section(num_steps=3, prompts_per_step=3)
+    whole = online_loop(model, tmp_path / "whole", section)
+    train(whole)
+    streaming = online_loop(model, tmp_path / "streaming", section)
+    assert isinstance(streaming.roles.generator, LocalGenerator)
+    streaming.roles = replace(streaming.roles, generator=replace(streaming.roles.generator, streams=True))
+    train(streaming)
+    for ours, theirs in zip(prompts_by_step(streaming), prompts_by_step(whole), strict=True):
+        assert ours == sorted(theirs)
+    ours_first, theirs_first = (
+        {(s.prompt_id, s.sample_id): s.response_ids for s in lineage(loop, 0)} for loop in (streaming, whole)
+    )
+    assert ours_first == theirs_first, "a sample has its own seed"
+
+
+def test_sampling_to_spare_trains_on_the_first_and_gives_up_the_last(
+    model: ModelSection, tmp_path: Path
+) -> None:
+    """3 prompts for a step of 2; the slow one is begun in both steps, and needed in none."""
+    drawn = Cursor(6, seed=11).next(5).tolist()
+    loop, generator = slow_loop(model, tmp_path, {drawn[1]}, num_steps=2, oversample=1.5)
+    train(loop)
+    trained = [set(prompts) for prompts in prompts_by_step(loop)]
+    assert trained == [{drawn[0], drawn[2]}, {drawn[3], drawn[4]}]
+    log = logged(tmp_path)
+    assert [row["lag/dropped"] for row in log] == [1.0] * 2
+    assert [row["lag/max"] for row in log] == [0.0] * 2
+    assert [chunk.result().prompt_ids[0] for chunk in generator.given_up] == [drawn[1]] * 2
+
+
+def test_a_straggler_has_max_lag_steps_and_then_comes_again(model: ModelSection, tmp_path: Path) -> None:
+    loop, generator = slow_loop(model, tmp_path, {2}, num_steps=7, max_lag=2)
+    train(loop)
+    for step, row in enumerate(logged(tmp_path)):
+        versions = {sample.version_min for sample in lineage(loop, step)}
+        assert max(0, step - 2) <= min(versions) <= max(versions) <= step
+        assert row["lag/max"] == step - min(versions)
+    assert sum(row["lag/dropped"] for row in logged(tmp_path)) == len(generator.given_up) > 0
+    begun_again = [int(chunk.result().prompt_ids[0]) for chunk in generator.given_up]
+    assert 2 in begun_again
+
+
+def test_a_resumed_run_begins_with_what_was_in_flight_or_given_up(
+    model: ModelSection, tmp_path: Path
+) -> None:
+    options = {"num_steps": 5, "max_lag": 1, "prompts_per_step": 2}
+    loop, _ = slow_loop(model, tmp_path, {2}, **options)
+    loop.run = stage_run(tmp_path, Watcher(3, cut_power), every=2)
+    with pytest.raises(PowerCut):
+        train(loop)
+    state = json.loads((tmp_path / "checkpoints" / "step-000002" / "state.json").read_text())
+    trained = [sample.prompt_id for step in (0, 1) for sample in lineage(loop, step) if not sample.sample_id]
+    drawn = Cursor(6, seed=11).next(state["cursor"]["position"]).tolist()
+    assert sorted([*trained, *state["cursor"]["again"]]) == sorted(drawn), "none is lost, none comes twice"
