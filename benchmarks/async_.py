@@ -2,10 +2,10 @@
 
 rlhf-ray bench async --json async.json
 
-Both arms are whole runs over the same prompts, seeds and, since the learning rate is next to nothing, the
-same answers; engine and trainer have one thread each in both. The baseline is synchronous, and its steps say
-how long generation (g) and everything else (t) take; with `online.max_lag: 1` a step could take max(g, t).
-The figure is the speed-up over (g + t) / max(g, t).
+Both arms are whole runs over the same prompts and seeds and, since the learning rate is next to nothing, of
+the same answers; engine and trainer have one thread each in both. The baseline is synchronous, and its steps
+say how long generation (g) and everything else (t) take; with `online.max_lag: 1` a step could take
+max(g, t). The figure is the speed-up over (g + t) / max(g, t).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from rlhf_ray.reporting.metrics_log import MetricsRow
 CONFIG = "configs/grpo-arithmetic.yaml"
 GOAL = Goal(">=", 0.9)
 NUM_STEPS, QUICK_STEPS = 8, 4
+SAME_WORK = 1.03
+"""In bfloat16 an answer may take another turn where it is computed beside others."""
 ONE_THREAD = [f"placement.{role}.threads=1" for role in ("policy", "engine", "reward")]
 WORK = [
     "online.algorithm=dr_grpo",
@@ -30,6 +32,7 @@ WORK = [
     "online.eval_every=null",
     "online.eval_dataset.limit=2",
     "checkpoint.every=null",
+    "sync.verify_first=0",
     "sync.verify_every=1000000",
     # Few answers at a time, so that one thread takes about as long to generate as one to train.
     "engine.max_num_seqs=8",
@@ -51,14 +54,14 @@ class Runs:
     number: itertools.count[int] = field(default_factory=itertools.count)
     ideals: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
-    tokens: set[float] = field(default_factory=set)
+    tokens: list[float] = field(default_factory=list)
 
     def seconds_per_step(self, max_lag: int) -> float:
         """Of the steps that are neither the first, which has nothing to wait for yet, nor the last, beside
         which nothing is generated any more."""
         rows = self._rows(max_lag)[1:-1]
-        self.tokens.add(sum(float(row["perf/generated_tokens"]) for row in rows))
-        assert len(self.tokens) == 1, f"the runs did not do the same work: {self.tokens} tokens"
+        self.tokens.append(sum(float(row["perf/generated_tokens"]) for row in rows))
+        assert max(self.tokens) < SAME_WORK * min(self.tokens), f"not the same work: {self.tokens} tokens"
         step = sum(float(row["time/step"]) for row in rows) / len(rows)
         if max_lag == 0:
             generate = sum(float(row["time/generate"]) for row in rows) / len(rows)
@@ -98,7 +101,12 @@ def measure(options: Options) -> list[Result]:
     ideals = runs.ideals[-len(compared.baseline) :]
     speedups = [1 / ratio for ratio in compared.figures]
     figures = [speedup / ideal for speedup, ideal in zip(speedups, ideals, strict=True)]
-    notes: dict[str, object] = {"speedups": speedups, "ideals": ideals, "seconds": runs.parts}
+    notes: dict[str, object] = {
+        "speedups": speedups,
+        "ideals": ideals,
+        "seconds": runs.parts,
+        "tokens": runs.tokens,
+    }
     return [replace(compared, figures=figures, notes=notes)]
 
 

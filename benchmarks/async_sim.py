@@ -245,7 +245,7 @@ def _result(case: Case, options: Options) -> Result:
         "predicted_speedup": synchronous / predicted,
     }
     figures = [predicted / seconds for seconds in measured]
-    unit = "predicted / measured seconds"
+    unit = "predicted / measured"
     return single("async-sim", figures, unit=unit, goal=GOAL, case=case.name, notes=notes)
 
 

@@ -125,10 +125,10 @@ class Sampler:
         """In as many pieces as can be trained on apart."""
         if not self.roles.generator.streams:
             return [Begun(tuple(rows), version, work)]
-        greedy = [(chunk,) for chunk in work.greedy] or [()] * len(rows)
+        greedy: list[tuple[Pending[Rollouts], ...]] = [(chunk,) for chunk in work.greedy]
         return [
             Begun((row,), version, Answering((rollouts,), own))
-            for row, rollouts, own in zip(rows, work.rollouts, greedy, strict=True)
+            for row, rollouts, own in zip(rows, work.rollouts, greedy or [()] * len(rows), strict=True)
         ]
 
     def _judge(self, begun: Begun[Answering], step: int) -> Sampled:
