@@ -65,3 +65,18 @@ def test_an_engine_that_takes_batches_is_one_ahead(rlhf_ray: CommandLine, online
     waits = [float(row["time/wait"]) for row in rows[:-1]]
     assert all(0 <= wait <= float(row["time/step"]) for wait, row in zip(waits, rows, strict=False))
     assert "time/wait" not in rows[-1], "nothing is left to generate"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_lag", [0, 1])
+def test_the_last_of_those_sampled_to_spare_are_given_up(rlhf_ray: CommandLine, max_lag: int) -> None:
+    options = [f"online.max_lag={max_lag}", "online.stragglers=drop", "online.oversample=1.5"]
+    run, rows = run_ahead(rlhf_ray, f"spare-{max_lag}", *options)
+    assert_synced(rows)
+    for step, row in enumerate(rows):
+        samples = rollouts(run, step)
+        assert len(samples) == 12, "the batch keeps its size"
+        assert all(step - max_lag <= sample["version_min"] <= step for sample in samples)
+        assert (row["lag/dropped"] == 3.0) or max_lag == 1
+    dropped = sum(float(row["lag/dropped"]) for row in rows)
+    assert dropped > 0, "more are begun than are trained on"
