@@ -97,7 +97,8 @@ class SyncSection(Section):
 class RoleSection(Section):
     """What one role takes. `auto` shares the machine: one GPU an actor where there are GPUs, else equal
     shares of the CPUs, every actor of a role with as many threads as the role has cores to itself while it
-    works."""
+    works. With `online.max_lag` above 0 the engines have half of the cores, or as many as `engine.threads`
+    says, and the other roles the rest."""
 
     count: Positive = Field(1, description="ranks of a trained model, or engines")
     cpus: float | Literal["auto"] = "auto"
