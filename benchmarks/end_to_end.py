@@ -40,7 +40,7 @@ from benchmarks.measure import GIB
 from benchmarks.paired import Goal, Options, Result, run_claim, single
 from benchmarks.peers.arms import OURS, WARMUP, ArmRun, endless_model, run_arm
 from rlhf_ray.config.schema import ModelSection
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import RlhfRayError, UserError
 from rlhf_ray.models.loading import materialise
 
 CLAIM = "end-to-end"
@@ -99,7 +99,7 @@ def overrides_of(case: Case, num_steps: int, seed: int, options: Options, model:
 def check_same_work(case: Case, runs: Runs) -> None:
     """
     Raises:
-        SystemExit: an arm did other work than ours; says what.
+        RlhfRayError: an arm did other work than ours; says what.
     """
     mistakes = []
     for arm, number, run, our_run in beside_ours(runs):
@@ -113,7 +113,7 @@ def check_same_work(case: Case, runs: Runs) -> None:
             if case.is_fixed and sampled != step.answers * case.tokens:
                 mistakes.append(f"{name}, step {index}: {sampled} tokens in {step.answers} answers")
     if mistakes:
-        raise SystemExit("the arms did not do the same work:\n  " + "\n  ".join(mistakes))
+        raise RlhfRayError("the arms did not do the same work:\n  " + "\n  ".join(mistakes))
 
 
 def differences(case: Case, runs: Runs) -> list[str]:

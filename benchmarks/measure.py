@@ -21,6 +21,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.reporting.metrics_log import RunResult, load_run
 
 if TYPE_CHECKING:
@@ -111,13 +112,13 @@ def train_run(config: str, output: Path, overrides: Sequence[str]) -> tuple[Meas
     """Run a packaged configuration as a user would, in a process of its own; one that is done is only read.
 
     Raises:
-        SystemExit: the run failed; names its log.
+        RlhfRayError: the run failed; names its log.
     """
     log = output.with_name(f"{output.name}.log")
     words = [config, f"output_dir={output}", "resume=auto", *overrides]
     measured = run_measured([sys.executable, "-m", "launch", "train", *words], log)
     if measured.exit_code:
-        raise SystemExit(f"{output} failed: see {log}")
+        raise RlhfRayError(f"{output} failed: see {log}")
     return measured, load_run(output)
 
 

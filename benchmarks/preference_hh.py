@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import seeds_parser, train_run, write_json
+from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.reporting.run_folder import RunFolder
 
 Stage = Literal["preference", "reward"]
@@ -97,11 +98,13 @@ def measure(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> Cur
 
 
 def check_same_pairs(curves: Sequence[Curve]) -> None:
-    """Raises SystemExit: two methods were judged by different pairs of one seed."""
+    """Raises RlhfRayError: two methods were judged by different pairs of one seed."""
     for seed in {curve.seed for curve in curves}:
         judged = {(c.held_out_pairs, round(c.longer_wins, 6)) for c in curves if c.seed == seed}
         if len(judged) > 1:
-            raise SystemExit(f"seed {seed}: the held-out pairs differ between the methods: {sorted(judged)}")
+            raise RlhfRayError(
+                f"seed {seed}: the held-out pairs differ between the methods: {sorted(judged)}"
+            )
 
 
 def mean_curve(curves: Sequence[Curve]) -> tuple[list[int], list[float]]:

@@ -33,7 +33,7 @@ from rlhf_ray.algorithms.group_advantages import group_relative
 from rlhf_ray.algorithms.policy_losses import PolicyLossSpec, PolicyTokens, ppo_policy_loss
 from rlhf_ray.config.checks import load_checked
 from rlhf_ray.config.schema import ModelSection
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import RlhfRayError, UserError
 from rlhf_ray.models.batching import before_responses, collate
 from rlhf_ray.models.heads import PolicyModel
 from rlhf_ray.models.loading import load_policy_model
@@ -188,7 +188,7 @@ def test_the_same_work_passes_and_gives_a_row_each(tmp_path: Path) -> None:
     ],
 )
 def test_other_work_ends_it(case: Case, changed: Step, said: str) -> None:
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(RlhfRayError, match=said):
         check_same_work(case, runs(TRL=changed))
 
 

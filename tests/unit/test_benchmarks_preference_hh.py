@@ -29,6 +29,7 @@ from launch.stages.preference import answers_of
 from launch.stages.reward import pairs_of
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.schema import RunConfig
+from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.reporting.progress import QuietProgress
 from rlhf_ray.reporting.run_folder import RunFolder
 from rlhf_ray.types import PairBatch, ReferencedPairs
@@ -122,7 +123,7 @@ def test_the_length_rule_is_the_better_one() -> None:
 
 def test_methods_that_were_judged_by_different_pairs_are_refused() -> None:
     check_same_pairs([CURVE, replace(CURVE, name="ipo"), replace(CURVE, seed=1, held_out_pairs=203)])
-    with pytest.raises(SystemExit, match="seed 0: the held-out pairs differ"):
+    with pytest.raises(RlhfRayError, match="seed 0: the held-out pairs differ"):
         check_same_pairs([CURVE, replace(CURVE, name="ipo", held_out_pairs=199)])
 
 
