@@ -56,6 +56,24 @@ class OpenCalls:
                 raise WorkerError(f"no answer within {timeout:g} s from {self._unanswered(mine)}")
             self._settle(ready[0])
 
+    def wait_for_first(self, mine: Sequence[ray.ObjectRef], count: int, timeout: float) -> list[int]:
+        """Wait until `count` of the calls have ended; which, the first in order if more have.
+
+        Raises: as `wait`.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            waiting = list(self._names)
+            ended, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0) if waiting else ([], [])
+            for ref in ended:
+                self._settle(ref)
+            done = [index for index, ref in enumerate(mine) if ref not in self._names]
+            if len(done) >= count:
+                return done[:count]
+            left = max(0.0, deadline - time.monotonic())
+            if not ray.wait(list(self._names), num_returns=1, timeout=left)[0]:
+                raise WorkerError(f"no answer within {timeout:g} s from {self._unanswered(mine)}")
+
     def _settle(self, ref: ray.ObjectRef) -> None:
         failure = _failure(ref, self._names.pop(ref))
         if failure is None:
@@ -117,6 +135,10 @@ class Remote(Generic[T]):
     calls: OpenCalls
     timeout: float
 
-    def result(self) -> T:
+    def wait(self) -> None:
+        """Raises: as `OpenCalls.wait`."""
         self.calls.wait(self.done, self.timeout)
+
+    def result(self) -> T:
+        self.wait()
         return ray.get(self.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -13,22 +14,28 @@ from actors.calls import OpenCalls, Remote
 from rlhf_ray.roles import Done
 from rlhf_ray.types import Metrics
 
+GENERATE = "generate"
+"""The kind of call in which engines answer prompts."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Timeline:
     """All calls of a stage: which are open, and when those that ended ran, by the clocks of their machines.
 
     Fields:
         calls: (kind, done) of calls whose time is booked and not yet taken.
+        since: when it was taken last.
     """
 
     calls: list[tuple[str, ray.ObjectRef]] = field(default_factory=list)
     open: OpenCalls = field(default_factory=OpenCalls)
+    since: float = 0.0
 
     def take(self) -> Metrics:
-        """Seconds of each kind of call since the last time, `time/<kind>`; and `time/busy`, of their union.
+        """Seconds of each kind of call that ended since the last time, `time/<kind>`.
 
-        Calls that are under way are counted the next time.
+        Of the time since then, `time/busy` is that in which there were calls, and `time/wait` that in which
+        engines generated and nothing else ran. Calls that are under way are counted the next time.
         """
         refs = [ref for _, ref in self.calls]
         ended, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
@@ -38,7 +45,14 @@ class Timeline:
         seconds: Metrics = {}
         for kind in dict.fromkeys(kind for kind, _, _ in spans):
             seconds[f"time/{kind}"] = union_seconds([(a, b) for k, a, b in spans if k == kind])
-        return seconds | ({"time/busy": union_seconds([(a, b) for _, a, b in spans])} if spans else {})
+        recent = [(kind, max(start, self.since), end) for kind, start, end in spans if end > self.since]
+        self.since = time.time()
+        if spans:
+            seconds["time/busy"] = union_seconds([(a, b) for _, a, b in recent])
+        if f"time/{GENERATE}" in seconds:
+            others = union_seconds([(a, b) for kind, a, b in recent if kind != GENERATE])
+            seconds["time/wait"] = seconds["time/busy"] - others
+        return seconds
 
 
 def union_seconds(spans: Sequence[tuple[float, float]]) -> float:
@@ -126,6 +140,12 @@ class ActorGroup:
         done = self._end_turn(method, returns, kind)
         return [self._remote(refs[0], (end,)) for refs, end in zip(returns, done, strict=True)]
 
+    def call_rank(self, rank: int, method: str, *args: object, kind: str | None = None) -> Remote[object]:
+        """Call a method on one actor alone."""
+        value, end = self._submit(rank, "call", 2, method, args)
+        self._end_turn(method, [[end]], kind, first_rank=rank)
+        return self._remote(value, (end,))
+
     def _submit(
         self, rank: int, entry: str, num_returns: int, method: str, args: Sequence[object]
     ) -> list[ray.ObjectRef]:
@@ -134,12 +154,16 @@ class ActorGroup:
         return remote.remote(method, len(after), *after, *map(_unwrap_argument, args))
 
     def _end_turn(
-        self, method: str, returns: Sequence[Sequence[ray.ObjectRef]], kind: str | None
+        self,
+        method: str,
+        returns: Sequence[Sequence[ray.ObjectRef]],
+        kind: str | None,
+        first_rank: int = 0,
     ) -> tuple[ray.ObjectRef, ...]:
         """Note the calls of a turn. returns: of each rank's call; the last of them, its span, is returned."""
         done = tuple(refs[-1] for refs in returns)
         self.turns.last = done
-        self._opened(method, done)
+        self._opened(method, done, first_rank)
         if kind is not None:
             self.timeline.calls.extend((kind, ref) for ref in done)
         return done
@@ -147,9 +171,9 @@ class ActorGroup:
     def _remote(self, value: ray.ObjectRef, done: tuple[ray.ObjectRef, ...]) -> Remote[object]:
         return Remote(value, done, self.timeline.open, self.timeout)
 
-    def _opened(self, method: str, done: Sequence[ray.ObjectRef]) -> None:
-        """List calls of the first ranks as open."""
-        for rank, ref in enumerate(done):
+    def _opened(self, method: str, done: Sequence[ray.ObjectRef], first_rank: int = 0) -> None:
+        """List calls of consecutive ranks as open."""
+        for rank, ref in enumerate(done, start=first_rank):
             name = self.name if len(self) == 1 else f"{self.name}[{rank}]"
             self.timeline.open.add(f"{name}.{method}", ref)
 

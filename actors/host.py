@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -86,6 +86,17 @@ class Host:
         close = getattr(self.worker, "close", None)
         if close is not None:
             close()
+
+
+class AsyncHost(Host):
+    """A process whose calls run beside each other: the worker's methods are coroutines."""
+
+    async def call(self, method: str, num_after: int, *args: object) -> tuple[object, Span]:  # type: ignore[override]
+        start = time.time()
+        with _failure_logged():
+            function: Callable[..., Awaitable[object]] = getattr(self.worker, method)
+            value = await function(*args[num_after:])
+        return value, (start, time.time())
 
 
 @contextmanager

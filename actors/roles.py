@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+import ray
+from numpy.typing import NDArray
 
 from actors.calls import Remote
-from actors.group import ActorGroup
+from actors.group import GENERATE, ActorGroup
 from rlhf_ray.config.schema import SyncSection
 from rlhf_ray.reporting.evaluation import EvalRecord
 from rlhf_ray.roles import Done, Pending, Referenced, ScoredChunk
@@ -34,13 +38,22 @@ from rlhf_ray.weights.verify import Probe, ProbeHistory
 class RemoteGenerator:
     """Engines; prompts are dealt out in equal consecutive shares."""
 
+    streams = False
+
     def __init__(self, group: ActorGroup) -> None:
         self.group = group
+        self._last: list[Remote[object]] = []
 
     def generate(self, prompts: Prompts, sampling: SamplingSpec, seed: int) -> Sequence[Pending[Rollouts]]:
         shares = [rows for rows in np.array_split(np.arange(len(prompts)), len(self.group)) if len(rows)]
         args = [(prompts.select(rows), sampling, seed) for rows in shares]
-        return cast(Sequence[Pending[Rollouts]], self.group.call_each("generate", args, kind="generate"))
+        self._last = self.group.call_each("generate", args, kind=GENERATE)
+        return cast(Sequence[Pending[Rollouts]], self._last)
+
+    def wait(self) -> None:
+        """Until the engines have answered all that they were asked."""
+        for call in self._last:
+            call.wait()
 
     def token_logprobs(self, sequences: Ragged) -> Sequence[Pending[Ragged]]:
         shares = [rows for rows in np.array_split(np.arange(len(sequences)), len(self.group)) if len(rows)]
@@ -53,6 +66,73 @@ class RemoteGenerator:
             Sequence[Pending[Ragged]],
             self.group.call_each("token_logprobs", [(sequences,)] * len(self.group), kind="verify"),
         )
+
+
+@dataclass(frozen=True)
+class Outstanding:
+    """What an engine was asked and has not answered. ticket: by which it is given up."""
+
+    rank: int
+    ticket: int
+    tokens: int
+
+
+class RemoteStreamingGenerator(RemoteGenerator):
+    """Engines that are never drained; every prompt goes to the one that has the least to do, counted in the
+    tokens that it may still have to make."""
+
+    streams = True
+
+    def __init__(self, group: ActorGroup) -> None:
+        super().__init__(group)
+        self._outstanding: dict[ray.ObjectRef, Outstanding] = {}
+        self._tickets = itertools.count()
+
+    def generate(self, prompts: Prompts, sampling: SamplingSpec, seed: int) -> Sequence[Pending[Rollouts]]:
+        loads = self._loads()
+        calls = []
+        for row, prompt in enumerate(prompts.token_ids):
+            rank = int(np.argmin(loads))
+            ticket = next(self._tickets)
+            call = self.group.call_rank(
+                rank, "generate", prompts.select([row]), sampling, seed, ticket, kind=GENERATE
+            )
+            tokens = sampling.num_generations * (len(prompt) + sampling.max_completion_length)
+            loads[rank] += tokens
+            self._outstanding[call.done[0]] = Outstanding(rank, ticket, tokens)
+            calls.append(call)
+        return cast(Sequence[Pending[Rollouts]], calls)
+
+    def wait(self) -> None:
+        """Weights change in flight: nobody waits for answers before they do."""
+
+    def first_done(self, chunks: Sequence[Pending[Rollouts]], count: int) -> Sequence[int]:
+        refs = [cast(Remote[Rollouts], chunk).done[0] for chunk in chunks]
+        return self.group.timeline.open.wait_for_first(refs, count, self.group.timeout)
+
+    def give_up(self, chunks: Sequence[Pending[Rollouts]]) -> None:
+        self._forget_ended()
+        tickets: dict[int, list[int]] = {}
+        for chunk in chunks:
+            known = self._outstanding.get(cast(Remote[Rollouts], chunk).done[0])
+            if known is not None:
+                tickets.setdefault(known.rank, []).append(known.ticket)
+        for rank, own in tickets.items():
+            self.group.call_rank(rank, "abort", own)
+
+    def _loads(self) -> NDArray[np.int64]:
+        """Tokens of each engine."""
+        self._forget_ended()
+        loads = np.zeros(len(self.group), dtype=np.int64)
+        for call in self._outstanding.values():
+            loads[call.rank] += call.tokens
+        return loads
+
+    def _forget_ended(self) -> None:
+        refs = list(self._outstanding)
+        ended, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
+        for ref in ended:
+            del self._outstanding[ref]
 
 
 class RemoteScorer:
@@ -142,6 +222,9 @@ class RemotePolicy(RemoteTrained):
         return cast(Pending[Metrics], self.group.call("evaluate_sft", batch))
 
     def publish(self, version: int, verify: bool) -> Metrics:
+        if self.engines is not None:
+            # An engine takes weights when it has answered what it is at: until then the wait is for it.
+            self.engines.wait()
         metrics = cast(Remote[Metrics], self.group.call("publish", version, kind="sync")).result()
         return {**metrics, **self._verify()} if verify else metrics
 
@@ -221,6 +304,9 @@ class RemoteExperience:
             kind="prepare",
         )
         return cast(Pending[RLBatch], batch), cast(Pending[Metrics], metrics)
+
+    def gather(self, chunks: Sequence[Pending[Rollouts]]) -> Pending[Rollouts]:
+        return cast(Pending[Rollouts], self.group.call("gather", *chunks, kind="prepare"))
 
     def num_informative(self, chunk: ScoredChunk) -> Pending[int]:
         return cast(

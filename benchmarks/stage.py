@@ -19,7 +19,6 @@ from rlhf_ray.models.loading import materialise
 from rlhf_ray.reporting.progress import QuietProgress
 from rlhf_ray.reporting.run_folder import RunFolder
 
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 CONFIG = "configs/grpo-arithmetic.yaml"
 
 
@@ -33,21 +32,7 @@ def model_folder(name: str | None) -> Path:
     mistakes = list(path_mistakes(name, "language", has_template=True))
     if mistakes:
         raise ModelError(f"--model {name}: {'; '.join(mistakes)}")
-    found = materialise(ModelSection(path=name))
-    if isinstance(found, Path):
-        return found.resolve()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(found, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"--model {name}: no such folder, and not to be had from the hub ({reason})"
-        ) from None
+    return materialise(ModelSection(path=name)).resolve()
 
 
 @contextmanager

@@ -14,25 +14,34 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.group import ActorGroup, Timeline, Turns
-from actors.host import Host
+from actors.host import AsyncHost, Host
 from rlhf_ray.config.schema import ClusterSection, RoleSection
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.reporting.run_folder import RunFolder
 
 GIB = 1 << 30
+MAX_CALLS = 100_000
 
 
 @dataclass(frozen=True)
 class RoleDemand:
     """What one role asks for.
 
-    Fields: memory: bytes an actor. gpus_per_actor: devices of an actor, where there are any.
+    Fields:
+        memory: bytes an actor. gpus_per_actor: devices of an actor, where there are any.
+        is_apart: works while the other roles work, on cores of its own.
     """
 
     name: str
     section: RoleSection
     memory: int
     gpus_per_actor: int = 1
+    is_apart: bool = False
+
+    def threads_of(self, cores: int) -> int:
+        """Of each actor, where the role has so many cores to itself while it works."""
+        threads = self.section.threads
+        return max(1, cores // self.section.count) if threads == "auto" else threads
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class Capacity:
 def resolve_shares(demands: Sequence[RoleDemand], capacity: Capacity) -> dict[str, RoleShare]:
     """Fill in every `auto`: an equal share of the CPUs; a GPU an actor, or an equal share of too few; and as
     many threads as the role's actors have cores to themselves while it works."""
+    cores = _cores_together(demands, capacity)
     num_actors = sum(demand.section.count for demand in demands)
     shares = {}
     for demand in demands:
@@ -70,13 +80,23 @@ def resolve_shares(demands: Sequence[RoleDemand], capacity: Capacity) -> dict[st
             wanted = demand.gpus_per_actor
             gpus = _share(capacity.gpus, num_actors, at_most=wanted) if capacity.gpus else 0.0
         cpus = _share(capacity.cpus, num_actors, at_most=1.0) if section.cpus == "auto" else section.cpus
-        threads = (
-            max(1, int(capacity.cpus) // section.count) if section.threads == "auto" else section.threads
-        )
+        threads = demand.threads_of(_cores_apart(capacity) if demand.is_apart else cores)
         if section.threads == "auto" and gpus:
             threads = 1
         shares[demand.name] = RoleShare(cpus, gpus, threads)
     return shares
+
+
+def _cores_apart(capacity: Capacity) -> int:
+    """Half of all: nothing is known of how long sampling takes and how long the rest."""
+    return max(1, int(capacity.cpus) // 2)
+
+
+def _cores_together(demands: Sequence[RoleDemand], capacity: Capacity) -> int:
+    """Those that the roles that take turns have: all but what works apart."""
+    apart = [demand for demand in demands if demand.is_apart]
+    taken = sum(demand.section.count * demand.threads_of(_cores_apart(capacity)) for demand in apart)
+    return max(1, int(capacity.cpus) - taken)
 
 
 def _share(total: float, parts: int, at_most: float) -> float:
@@ -85,10 +105,13 @@ def _share(total: float, parts: int, at_most: float) -> float:
 
 
 def take_turns(demands: Sequence[RoleDemand], shares: Mapping[str, RoleShare], capacity: Capacity) -> bool:
-    """Whether the roles have more threads, or want more GPUs, than there are, and must work in turn."""
-    threads = sum(demand.section.count * shares[demand.name].threads for demand in demands)
-    gpus_shared = any(0 < shares[demand.name].gpus < 1 for demand in demands)
-    return gpus_shared or (threads > capacity.cpus and not any(share.gpus for share in shares.values()))
+    """Whether the roles have more threads, or want more GPUs, than there are, and must work in turn; those
+    that are apart do not."""
+    together = [demand for demand in demands if not demand.is_apart]
+    threads = sum(demand.section.count * shares[demand.name].threads for demand in together)
+    gpus_shared = any(0 < shares[demand.name].gpus < 1 for demand in together)
+    too_many = threads > _cores_together(demands, capacity)
+    return gpus_shared or (too_many and not any(share.gpus for share in shares.values()))
 
 
 class Placement:
@@ -160,12 +183,15 @@ class Placement:
             "placement.<role>.count, cpus or gpus, use a smaller model, or give the cluster more"
         )
 
-    def start(self, name: str) -> ActorGroup:
+    def start(self, name: str, host: type[Host] = Host) -> ActorGroup:
         """Start the actors of a role; their workers are built by `ActorGroup.build`."""
         share, demand = self.shares[name], self.demands[name]
         handles = [
             self._start_host(
-                f"{name}-{rank}" if demand.section.count > 1 else name, share, self._first_bundle[name] + rank
+                f"{name}-{rank}" if demand.section.count > 1 else name,
+                share,
+                self._first_bundle[name] + rank,
+                host,
             )
             for rank in range(demand.section.count)
         ]
@@ -176,22 +202,28 @@ class Placement:
         return self._grouped(name, [self._start_host(name, RoleShare(0, 0, 1), None)])
 
     def _grouped(self, name: str, handles: list[ActorHandle]) -> ActorGroup:
-        group = ActorGroup(name, handles, self.turns, self.timeline, self.cluster.call_timeout)
+        is_apart = name in self.demands and self.demands[name].is_apart
+        turns = Turns(enabled=False) if is_apart else self.turns
+        group = ActorGroup(name, handles, turns, self.timeline, self.cluster.call_timeout)
         self._groups.append(group)
         return group
 
-    def _start_host(self, name: str, share: RoleShare, bundle: int | None) -> ActorHandle:
+    def _start_host(
+        self, name: str, share: RoleShare, bundle: int | None, host: type[Host] = Host
+    ) -> ActorHandle:
         strategy: PlacementGroupSchedulingStrategy | str = "DEFAULT"
         if bundle is not None:
             strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         log = self.folder.logs.resolve() / f"{name}.log"
-        host = ray.remote(Host).options(
+        actor = ray.remote(host).options(
             num_cpus=share.cpus,
             num_gpus=share.gpus,
             scheduling_strategy=strategy,
             runtime_env={"env_vars": _environment(share.threads)},
+            # Ray's default is 1000 where calls run beside each other; every prompt in flight is one.
+            **({"max_concurrency": MAX_CALLS} if issubclass(host, AsyncHost) else {}),
         )
-        return cast(ActorHandle, host.remote(name, str(log)))
+        return cast(ActorHandle, actor.remote(name, str(log)))
 
     def wait_until_built(self) -> None:
         """Wait for all workers together: what takes long in building them is importing and loading."""

@@ -60,8 +60,26 @@ class Done(Generic[T]):
 class Generator(Protocol):
     """One or more generation engines."""
 
+    @property
+    def streams(self) -> bool:
+        """Whether it takes new weights, and other prompts, while it answers."""
+        ...
+
     def generate(self, prompts: Prompts, sampling: SamplingSpec, seed: int) -> Sequence[Pending[Rollouts]]:
-        """Sample; one chunk an engine, in the order of the prompts. Equal seeds give equal samples."""
+        """Sample; one chunk an engine, or, if it streams, one a prompt, in the order of the prompts. Equal
+        seeds give equal samples from equal weights."""
+        ...
+
+
+class StreamingGenerator(Generator, Protocol):
+    """Engines whose answers arrive prompt by prompt."""
+
+    def first_done(self, chunks: Sequence[Pending[Rollouts]], count: int) -> Sequence[int]:
+        """Wait until so many of the chunks are there; which, the first in the sequence if there are more."""
+        ...
+
+    def give_up(self, chunks: Sequence[Pending[Rollouts]]) -> None:
+        """Nobody wants these answers any more."""
         ...
 
 
@@ -184,8 +202,13 @@ class Experience(Protocol):
             greedy: the greedy answers to the same prompts, for algorithms that compare with them.
 
         Raises:
-            WeightSyncError: a token was sampled by other weights than those of `info.version`.
+            WeightSyncError: a token was sampled by other weights than those of `info.version`, or of the
+                `max_lag` versions before it.
         """
+        ...
+
+    def gather(self, chunks: Sequence[Pending[Rollouts]]) -> Pending[Rollouts]:
+        """All in one, in the order of the prompts' ids."""
         ...
 
     def num_informative(self, chunk: ScoredChunk) -> Pending[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from threading import Event
 from typing import TypeVar
@@ -116,15 +117,17 @@ def logged(folder: Path) -> list[MetricsRow]:
 
 @dataclass
 class LocalGenerator:
-    """Engines; prompts are dealt out in equal consecutive shares."""
+    """Engines; prompts are dealt out in equal consecutive shares, or one by one."""
 
     engines: Sequence[HandFedGenerator | EnvironmentGenerator]
+    streams: bool = False
 
     def generate(self, prompts: Prompts, sampling: SamplingSpec, seed: int) -> Sequence[Pending[Rollouts]]:
-        shares = [rows for rows in np.array_split(np.arange(len(prompts)), len(self.engines)) if len(rows)]
+        num_shares = len(prompts) if self.streams else len(self.engines)
+        shares = [rows for rows in np.array_split(np.arange(len(prompts)), num_shares) if len(rows)]
         return [
             Done(engine.generate(prompts.select(rows), sampling, seed))
-            for engine, rows in zip(self.engines, shares, strict=False)
+            for engine, rows in zip(cycle(self.engines), shares, strict=False)
         ]
 
 
@@ -291,6 +294,9 @@ class LocalExperience:
             *_columns([*chunks, *greedy]),
         )
         return Done(batch), Done(metrics)
+
+    def gather(self, chunks: Sequence[Pending[Rollouts]]) -> Pending[Rollouts]:
+        return Done(self.worker.gather(*[chunk.result() for chunk in chunks]))
 
     def num_informative(self, chunk: ScoredChunk) -> Pending[int]:
         return Done(self.worker.num_informative(chunk.rollouts.result(), chunk.scores.result()))

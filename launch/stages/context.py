@@ -83,7 +83,7 @@ class StageContext:
         # A folder on disk, so that vLLM and every actor load the same files; the cache makes this cheap.
         found = materialise(chosen)
         # Actors may run in another folder than the driver.
-        absolute = {"path": str(found.resolve()) if isinstance(found, Path) else found}
+        absolute = {"path": str(found.resolve())}
         template = chosen.chat_template
         if template is not None and not template.startswith("embedded:"):
             absolute["chat_template"] = str(Path(template).resolve())

@@ -22,14 +22,36 @@ _FACTORIES = {
 
 
 def demand_engine(
-    context: StageContext, model: ModelSection, name: str = "engine", section: RoleSection | None = None
+    context: StageContext,
+    model: ModelSection,
+    name: str = "engine",
+    section: RoleSection | None = None,
+    *,
+    is_apart: bool = False,
 ) -> RoleDemand:
-    """Args: name: of the role. section: what it takes; by default `placement.engine`."""
+    """
+    Args:
+        name: of the role. section: what it takes; by default `placement.engine`.
+        is_apart: it samples while other roles work.
+    """
     engine = context.config.engine
     memory = context.main_memory(engine_memory(model_size(model), engine))
     return RoleDemand(
-        name, section or context.config.placement.engine, memory, gpus_per_actor=engine.tensor_parallel_size
+        name,
+        section or context.config.placement.engine,
+        memory,
+        gpus_per_actor=engine.tensor_parallel_size,
+        is_apart=is_apart,
     )
+
+
+def streams(context: StageContext) -> bool:
+    """Whether engines go on with what they are at when weights change. Episodes do not, since environments
+    reply to all of them together."""
+    online, engine = context.config.online, context.config.engine
+    if online is None or online.environment or engine.backend != "vllm":
+        return False
+    return online.max_lag > 0 or online.stragglers == "drop"
 
 
 def build_engines(
@@ -74,6 +96,12 @@ def build_engines(
         }
         arguments = [{**episodes, "arguments": own} for own in arguments]
         factory = "rlhf_ray.environments.generator:build_environment_generator"
+    if online is not None and streams(context):
+        arguments = [
+            {"engine": factory, "arguments": {**own, "kv_on_update": online.kv_on_update}}
+            for own in arguments
+        ]
+        factory = "rlhf_ray.engines.streaming:StreamingGenerator"
     group.build(factory, arguments, context.config.cluster.start_timeout)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from actors.engine_calls import RemoteEngineCalls
 from actors.group import ActorGroup
+from actors.host import AsyncHost, Host
 from actors.roles import (
     RemoteAdapterReference,
     RemoteCritic,
@@ -16,11 +17,12 @@ from actors.roles import (
     RemoteGenerator,
     RemotePolicy,
     RemoteReference,
+    RemoteStreamingGenerator,
 )
 from launch.memory import frozen_memory, model_size
 from launch.placement import Placement, RoleDemand
 from launch.stages.context import StageContext
-from launch.stages.generation import build_engines, demand_engine
+from launch.stages.generation import build_engines, demand_engine, streams
 from launch.stages.rewards import RewardModels, build_scorer, demand_rewards
 from rlhf_ray.config.schema import ModelSection, OnlineSection, OptimizerSection
 from rlhf_ray.loops.online import OnlineRoles
@@ -50,7 +52,7 @@ def demands(context: StageContext, models: OnlineModels) -> list[RoleDemand]:
     found = [
         context.demand_trained("policy", models.policy),
         *demand_rewards(context, models.policy, models.rewards),
-        demand_engine(context, models.policy),
+        demand_engine(context, models.policy, is_apart=section.max_lag > 0 or streams(context)),
     ]
     if section.uses_critic:
         found.append(context.demand_trained("critic", models.policy))
@@ -77,7 +79,7 @@ class OnlineBuilder:
         context = self.context
         policy, backend, engines = self._policy_and_engines()
         critic = self._critic() if self.section.uses_critic else None
-        generator = RemoteGenerator(engines)
+        generator = RemoteStreamingGenerator(engines) if streams(context) else RemoteGenerator(engines)
         roles = OnlineRoles(
             generator=generator,
             scorer=build_scorer(context, self.placement, self.models.policy, self.models.rewards),
@@ -98,7 +100,7 @@ class OnlineBuilder:
     def _policy_and_engines(self) -> tuple[ActorGroup, Backend, ActorGroup]:
         config = self.context.config
         dtype = torch.bfloat16 if config.engine.dtype == "bfloat16" else torch.float32
-        engines = self.placement.start("engine")
+        engines = self.placement.start("engine", AsyncHost if streams(self.context) else Host)
         policy = self.placement.start("policy")
         backend: Backend = "gloo"  # transformers receives over gloo, whatever device it is on
         if config.engine.backend == "vllm":

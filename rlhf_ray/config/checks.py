@@ -308,6 +308,18 @@ def _engine(parts: Parts) -> Iterator[Finding]:
         )
 
 
+def _streaming(parts: Parts) -> Iterator[Finding]:
+    """Giving up stragglers needs engines that answer prompt by prompt."""
+    online, engine = parts.get(OnlineSection, "online"), parts.get(EngineSection, "engine")
+    if online is None or online.stragglers == "wait":
+        return
+    whole = "whole batches are answered at once, and no prompt before another; use wait"
+    if online.environment is not None:
+        yield ("online", "stragglers"), f"with an environment {whole}"
+    elif engine and engine.backend != "vllm":
+        yield ("online", "stragglers"), f"by the {engine.backend} backend {whole}, or backend: vllm"
+
+
 def _logging(parts: Parts) -> Iterator[Finding]:
     logging = parts.get(LoggingSection, "logging")
     wandb = logging.wandb if logging else None
@@ -341,5 +353,6 @@ _CHECKS: tuple[Callable[[Parts], Iterator[Finding]], ...] = (
     preference_mistakes,
     _ranks,
     _engine,
+    _streaming,
     _logging,
 )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.errors import GenerationError, ModelError, WeightSyncError
-from rlhf_ray.types import Prompts, Ragged, Rollouts, SamplingSpec
+from rlhf_ray.types import Array, Prompts, Ragged, Rollouts, SamplingSpec
 
 UNKNOWN_VERSION = -1
 
@@ -41,6 +41,19 @@ class Sample:
     logprobs: Sequence[float] | NDArray[np.float32]
     versions: Sequence[int]
     finished: bool
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Of an engine that steps.
+
+    Fields:
+        token_ids: to continue, or, without a request, to say how likely they are.
+    """
+
+    token_ids: tuple[int, ...]
+    request: Request | None = None
+    sampling: SamplingSpec | None = None
 
 
 class TokenGenerator(ABC):
@@ -84,6 +97,16 @@ class TokenGenerator(ABC):
             raise WeightSyncError(
                 "the engine was asked to generate before the trainer published weights to it"
             )
+        self.check_lengths(requests, sampling)
+        samples = self._sample(requests, sampling)
+        check_samples(requests, samples)
+        return samples
+
+    def check_lengths(self, requests: Sequence[Request], sampling: SamplingSpec) -> None:
+        """
+        Raises:
+            GenerationError: a prompt is too long.
+        """
         for request in requests:
             needed = len(request.token_ids) + sampling.max_completion_length
             if needed > self._max_model_len:
@@ -92,9 +115,11 @@ class TokenGenerator(ABC):
                     f"{sampling.max_completion_length} of the response do not fit into the engine's "
                     f"{self._max_model_len}"
                 )
-        samples = self._sample(requests, sampling)
-        check_samples(requests, samples)
-        return samples
+
+    @property
+    def version(self) -> int:
+        """Of the weights."""
+        return self._version
 
     @abstractmethod
     def token_logprobs(self, sequences: Ragged) -> Ragged:
@@ -126,6 +151,22 @@ class TokenGenerator(ABC):
     @abstractmethod
     def _sample(self, requests: Sequence[Request], sampling: SamplingSpec) -> list[Sample]:
         """One sample a request, in the order of the requests."""
+
+
+class SteppedGenerator(TokenGenerator):
+    """An engine whose scheduler can be driven step by step, so that weights may change between two steps."""
+
+    @abstractmethod
+    def add(self, key: str, request: Ask) -> None: ...
+
+    @abstractmethod
+    def step(self) -> list[tuple[str, Sample | Array]]:
+        """A forward pass of all requests; of those that are done, the key and a `Sample`, or the log-probs of
+        the given tokens after the first."""
+
+    @abstractmethod
+    def abort(self, keys: Sequence[str]) -> None:
+        """Give these requests up."""
 
 
 def sample_seed(seed: int, prompt_id: int, sample_id: int, *turn: int) -> int:

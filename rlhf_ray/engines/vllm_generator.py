@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
 
-from rlhf_ray.config.schema import EngineSection
-from rlhf_ray.engines.generation import UNKNOWN_VERSION, Request, Sample, TokenGenerator, read_eos_ids
+from rlhf_ray.config.schema import EngineSection, KVOnUpdate
+from rlhf_ray.engines.generation import (
+    UNKNOWN_VERSION,
+    Ask,
+    Request,
+    Sample,
+    SteppedGenerator,
+    read_eos_ids,
+)
 from rlhf_ray.errors import GenerationError, WeightSyncError
-from rlhf_ray.types import Ragged, SamplingSpec
+from rlhf_ray.types import Array, Ragged, SamplingSpec
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput, SamplingParams
+    from vllm import LLM, PoolingRequestOutput, RequestOutput, SamplingParams
 
 ENVIRONMENT = {
     # The engine's scheduler in this process: one less to start, to watch and to lose.
@@ -30,7 +37,7 @@ CPU_BATCHED_TOKENS = 4096
 """Tokens of one forward pass of the engine."""
 
 
-class VLLMGenerator(TokenGenerator):
+class VLLMGenerator(SteppedGenerator):
     """One vLLM engine with all its tensor-parallel workers.
 
     Nothing may be trained in a process that holds one: vLLM replaces `torch.set_num_threads`.
@@ -46,6 +53,7 @@ class VLLMGenerator(TokenGenerator):
         seed: int,
         weight_backend: str = "gloo",
         version: int = UNKNOWN_VERSION,
+        kv_on_update: KVOnUpdate | None = None,
     ) -> None:
         """
         Args:
@@ -53,36 +61,53 @@ class VLLMGenerator(TokenGenerator):
             threads: CPU threads of the engine.
             weight_backend: how weights will come, one of `rlhf_ray.weights.sync.Backend`.
             version: as in `TokenGenerator`.
+            kv_on_update: what becomes of the KV cache of answers that are under way when weights change; None
+                where none ever are.
         """
         super().__init__(max_model_len, version)
         os.environ.update(ENVIRONMENT)
         torch.set_num_threads(threads)
         self._eos_ids = list(read_eos_ids(model_folder))
         self._is_broken = False
-        self._llm = _build(model_folder, section, max_model_len, seed, weight_backend)
+        self._kv_on_update = kv_on_update
+        self._num_updates = 0
+        self._asked: dict[str, Ask] = {}
+        # A step that is still under way when weights change would be stamped with a version that is not its
+        # own.
+        options = {} if kv_on_update is None else {"async_scheduling": False}
+        self._llm = _build(model_folder, section, max_model_len, seed, weight_backend, options)
         self._stamp(version)
 
     def token_logprobs(self, sequences: Ragged) -> Ragged:
-        from vllm import SamplingParams
-        from vllm.logprobs import FlatLogprobs
-        from vllm.sampling_params import RequestOutputKind
+        outputs = self._run([row.tolist() for row in sequences], [_scoring_params()] * len(sequences))
+        return Ragged.from_rows([_to_logprobs(output) for output in outputs], np.float32)
 
-        params = SamplingParams(
-            max_tokens=1,
-            prompt_logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        outputs = self._run([row.tolist() for row in sequences], [params] * len(sequences))
-        rows = []
-        for tokens, output in zip(sequences, outputs, strict=True):
-            # An entry a position, each with the token itself first; none at the first position.
-            flat = output.prompt_logprobs
-            assert isinstance(flat, FlatLogprobs)
-            rows.append([flat.logprobs[start] for start in flat.start_indices[1:]])
-            assert len(rows[-1]) == len(tokens) - 1, "one log-prob a token after the first"
-        return Ragged.from_rows(rows, np.float32)
+    def add(self, key: str, request: Ask) -> None:
+        from vllm import TokensPrompt
+
+        prompt = TokensPrompt(prompt_token_ids=list(request.token_ids))
+        if self._kv_on_update == "keep":
+            # What earlier weights left in the prefix cache stays with those who had it.
+            prompt["cache_salt"] = str(self._num_updates)
+        params = _scoring_params()
+        if request.request is not None and request.sampling is not None:
+            params = self._sampling_params(request.request, request.sampling)
+        self._asked[key] = request
+        self._llm.llm_engine.add_request(key, prompt, params)
+
+    def step(self) -> list[tuple[str, Sample | Array]]:
+        done: list[tuple[str, Sample | Array]] = []
+        for output in self._llm.llm_engine.step():
+            assert _is_whole(output)
+            asked = self._asked.pop(output.request_id)
+            answer = _to_logprobs(output) if asked.request is None else _to_sample(asked.request, output)
+            done.append((output.request_id, answer))
+        return done
+
+    def abort(self, keys: Sequence[str]) -> None:
+        self._llm.llm_engine.abort_request(list(keys))
+        for key in keys:
+            del self._asked[key]
 
     def init_weight_transfer_engine(self, init_info: dict[str, object]) -> None:
         self._on_workers("init_weight_transfer_engine", init_info=init_info)
@@ -90,15 +115,18 @@ class VLLMGenerator(TokenGenerator):
     def start_weight_update(self) -> None:
         """From here to `finish_weight_update` the engine holds neither the old weights nor the new ones."""
         self._stamp(UNKNOWN_VERSION)
+        self._num_updates += 1
         self._on_workers("start_weight_update")
 
     def update_weights(self, update_info: dict[str, object]) -> None:
         self._on_workers("update_weights", update_info=update_info)
 
     def finish_weight_update(self, weight_version: str) -> None:
-        """Make the received weights current: what was cached under the old ones is dropped."""
+        """Make the received weights current: what was cached under the old ones is dropped, or nobody who
+        comes later sees it."""
         self._on_workers("finish_weight_update")
-        if not self._llm.reset_prefix_cache():
+        drops_running = self._kv_on_update == "drop"
+        if self._kv_on_update != "keep" and not self._llm.reset_prefix_cache(drops_running):
             raise WeightSyncError(
                 "the engine's prefix cache is in use and keeps values of the earlier weights"
             )
@@ -120,11 +148,11 @@ class VLLMGenerator(TokenGenerator):
             raise
 
     def _sample(self, requests: Sequence[Request], sampling: SamplingSpec) -> list[Sample]:
-        params = [self._params(request, sampling) for request in requests]
+        params = [self._sampling_params(request, sampling) for request in requests]
         outputs = self._run([list(request.token_ids) for request in requests], params)
         return [_to_sample(request, output) for request, output in zip(requests, outputs, strict=True)]
 
-    def _params(self, request: Request, sampling: SamplingSpec) -> SamplingParams:
+    def _sampling_params(self, request: Request, sampling: SamplingSpec) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -151,7 +179,12 @@ class VLLMGenerator(TokenGenerator):
 
 
 def _build(
-    model_folder: str, section: EngineSection, max_model_len: int, seed: int, weight_backend: str
+    model_folder: str,
+    section: EngineSection,
+    max_model_len: int,
+    seed: int,
+    weight_backend: str,
+    options: dict[str, Any],
 ) -> LLM:
     # A launcher that is not installed as a package has no entry point for vLLM to find the backend by.
     from rlhf_ray.weights import plugin
@@ -159,7 +192,8 @@ def _build(
     plugin.register()
     from vllm import LLM
 
-    return LLM(**engine_arguments(model_folder, section, max_model_len, seed, weight_backend))
+    arguments = engine_arguments(model_folder, section, max_model_len, seed, weight_backend)
+    return LLM(**arguments, **options)
 
 
 def engine_arguments(
@@ -192,6 +226,36 @@ def engine_arguments(
         "disable_log_stats": True,
         **device_options,
     }
+
+
+def _is_whole(output: RequestOutput | PoolingRequestOutput[Any]) -> TypeGuard[RequestOutput]:
+    return output.finished  # asked for are whole answers, and text alone
+
+
+def _scoring_params() -> SamplingParams:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1,
+        prompt_logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _to_logprobs(output: RequestOutput) -> Array:
+    """Of the tokens given, after the first."""
+    from vllm.logprobs import FlatLogprobs
+
+    # An entry a position, each with the token itself first; none at the first position.
+    flat = output.prompt_logprobs
+    assert isinstance(flat, FlatLogprobs)
+    logprobs = np.array([flat.logprobs[start] for start in flat.start_indices[1:]], dtype=np.float32)
+    assert output.prompt_token_ids is not None
+    assert len(logprobs) == len(output.prompt_token_ids) - 1, "one log-prob a token after the first"
+    return logprobs
 
 
 def _to_sample(request: Request, output: RequestOutput) -> Sample:

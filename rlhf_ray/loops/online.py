@@ -16,69 +16,37 @@ One step of PPO for language models (Ziegler et al. 2019; Stiennon et al. 2020; 
 The kin (GRPO, RLOO, REINFORCE++, ...) have no values: in 4 they compare the answers to a prompt with each
 other. What an algorithm is stands in `algorithms.table` and `config.schema.algorithms`; the loop is one.
 
+With `max_lag` above 0 the engines are at 1 for the next batches while 2 to 6 are done with this one, so its
+tokens were sampled by weights that are up to so many versions older. The old log-probs of 3 are those of the
+newest weights all the same; what lies between the sampler and pi_old is corrected in 5 (the decoupled
+objective: Hilton et al. 2022; Fu et al. 2025).
+
 Arrays stay with the roles: the loop passes handles on and reads small reports.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from rlhf_ray.algorithms import ALGORITHMS
 from rlhf_ray.algorithms.kl import AdaptiveKLController, FixedKLController, KLController
 from rlhf_ray.config.schema import OnlineSection, SyncSection
 from rlhf_ray.data.cursor import Cursor
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.loops.checkpoints import State, restored_cursor, restored_step
+from rlhf_ray.loops.sampling import OnlineRoles, Sampler
 from rlhf_ray.loops.stage_run import StageRun
 from rlhf_ray.reporting.evaluation import EvalRecord, load_records, save_records
-from rlhf_ray.roles import (
-    Critic,
-    Done,
-    Experience,
-    Generator,
-    Pending,
-    Policy,
-    Reference,
-    ScoredChunk,
-    Scorer,
-)
+from rlhf_ray.roles import Critic, Done, Pending, Policy
 from rlhf_ray.seeds import derive_seed
-from rlhf_ray.types import Metrics, Prompts, Ragged, Rollouts, SamplingSpec, StepInfo
+from rlhf_ray.types import Metrics, Prompts, StepInfo
 
 FIRST_KL_LIMIT = 0.02
 """Nats a token by which policy and reference may differ at the first step: their weights are equal, but their
 micro-batches may be cut differently, and bfloat16 rounds."""
-
-
-@dataclass(frozen=True)
-class OnlineRoles:
-    generator: Generator
-    scorer: Scorer
-    reference: Reference | None
-    policy: Policy
-    critic: Critic | None
-    experience: Experience
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """The answers of a step.
-
-    Fields:
-        greedy: the most likely answers to the same prompts, for algorithms that compare with them.
-    """
-
-    chunks: list[ScoredChunk]
-    greedy: list[ScoredChunk] = field(default_factory=list)
-    metrics: Metrics = field(default_factory=dict)
-
-    @property
-    def rollouts(self) -> list[Pending[Rollouts]]:
-        return [chunk.rollouts for chunk in self.chunks]
 
 
 NOTHING: Pending[Metrics] = Done({})
@@ -99,6 +67,7 @@ class OnlineLoop:
     held_out: Prompts
     run: StageRun
     starts_at_reference: bool
+    sampler: Sampler = field(init=False, repr=False)
 
     def train(self) -> tuple[list[EvalRecord], list[EvalRecord]]:
         """Run all steps, or those that are left.
@@ -110,10 +79,12 @@ class OnlineLoop:
         cursor, kl, start = self.restore()
         run.begin(start, section.num_steps)
         roles.policy.publish(version=start, verify=True)
+        sampler = self.sampler = Sampler(section, roles, self.prompts, cursor, run.seed)
         before = self.first_evaluation(start)
         run.restart_clock()
         for step in range(start, section.num_steps):
-            sampled = self.sample(cursor, step)
+            sampler.keep_in_flight(step)
+            sampled = sampler.take(step)
             old_logprobs = roles.policy.logprobs(sampled.rollouts) if section.recompute_old_logprobs else None
             values = roles.critic.values(sampled.rollouts) if roles.critic else None
             info = StepInfo(step, version=step, kl_coef=kl.coef)
@@ -131,69 +102,8 @@ class OnlineLoop:
             metrics |= roles.policy.publish(version=step + 1, verify=self.is_verified(step + 1))
             metrics |= self.evaluation_metrics(step + 1)
             run.log(step, metrics)
-            run.save_or_stop(step + 1, self.models, lambda: self.state(cursor, kl))
+            run.save_or_stop(step + 1, self.models, lambda: self.state(kl))
         return before, self.evaluate()
-
-    def sample(self, cursor: Cursor, step: int) -> Sampled:
-        """Answers to the next prompts, judged."""
-        if self.section.recipe.dynamic_sampling:
-            return self.sample_informative(cursor, step)
-        prompts = self.prompts.select(cursor.next(self.section.prompts_per_step))
-        seed = derive_seed(self.run.seed, step)
-        chunks = self.judged(self.roles.generator.generate(prompts, self.sampling, seed))
-        if not ALGORITHMS[self.section.algorithm].needs_greedy:
-            return Sampled(chunks)
-        greedy = self.roles.generator.generate(prompts, self.sampling_one(temperature=0.0), seed)
-        return Sampled(chunks, self.scored(greedy))
-
-    def sample_informative(self, cursor: Cursor, step: int) -> Sampled:
-        """Draw prompts until enough of them have answers that the rewards tell apart (DAPO: Yu et al. 2025,
-        section 3.2). Where they do not suffice, others fill the batch up."""
-        wanted, experience = self.section.prompts_per_step, self.roles.experience
-        scored: list[ScoredChunk] = []
-        drawn: set[int] = set()
-        num_informative = num_rounds = 0
-        while num_informative < wanted and num_rounds < self.section.max_sampling_rounds:
-            rows = [row for row in cursor.next(wanted).tolist() if row not in drawn]
-            if not rows:
-                break
-            drawn.update(rows)
-            seed = derive_seed(self.run.seed, step, num_rounds)
-            rollouts = self.roles.generator.generate(self.prompts.select(rows), self.sampling, seed)
-            fresh = self.scored(rollouts)
-            scored += fresh
-            num_informative += sum(experience.num_informative(chunk).result() for chunk in fresh)
-            num_rounds += 1
-        chosen, scores = experience.select(scored, wanted)
-        metrics = {
-            "sampling/rounds": float(num_rounds),
-            "sampling/informative_fraction": num_informative / len(drawn),
-        }
-        return Sampled([ScoredChunk(chosen, scores, self.reference_logprobs(chosen))], metrics=metrics)
-
-    def scored(self, rollouts: Sequence[Pending[Rollouts]]) -> list[ScoredChunk]:
-        """With rewards, begun as soon as a chunk is there."""
-        return [ScoredChunk(chunk, self.roles.scorer.score(chunk), None) for chunk in rollouts]
-
-    def judged(self, rollouts: Sequence[Pending[Rollouts]]) -> list[ScoredChunk]:
-        """With rewards and the reference's log-probs."""
-        return [
-            replace(chunk, ref_logprobs=self.reference_logprobs(chunk.rollouts))
-            for chunk in self.scored(rollouts)
-        ]
-
-    def reference_logprobs(self, rollouts: Pending[Rollouts]) -> Pending[Ragged] | None:
-        reference = self.roles.reference
-        return reference.logprobs(rollouts, self.section.temperature) if reference else None
-
-    @property
-    def sampling(self) -> SamplingSpec:
-        one = self.sampling_one(self.section.temperature)
-        return replace(one, num_generations=self.section.num_generations)
-
-    def sampling_one(self, temperature: float) -> SamplingSpec:
-        """One answer a prompt; the most likely one at temperature 0."""
-        return SamplingSpec(self.section.max_completion_length, temperature=temperature)
 
     def is_verified(self, version: int) -> bool:
         return version <= self.sync.verify_first or version % self.sync.verify_every == 0
@@ -216,10 +126,11 @@ class OnlineLoop:
 
     def evaluate(self) -> list[EvalRecord]:
         """One answer to each held-out prompt, sampled as in training, always with the same seed."""
-        roles = self.roles
-        sampling = self.sampling_one(self.section.temperature)
-        rollouts = roles.generator.generate(self.held_out, sampling, seed=derive_seed(self.run.seed))
-        judged = self.judged(rollouts)
+        roles, sampler = self.roles, self.sampler
+        sampling = sampler.sampling_one(self.section.temperature)
+        seed = derive_seed(self.run.seed)
+        rollouts = sampler.whole(roles.generator.generate(self.held_out, sampling, seed))
+        judged = sampler.judged(rollouts)
         logprobs = roles.policy.logprobs(rollouts) if roles.reference else None
         return roles.experience.evaluate(judged, logprobs).result()
 
@@ -244,10 +155,10 @@ class OnlineLoop:
         critic = {"critic": self.roles.critic} if self.roles.critic else {}
         return {"policy": self.roles.policy, **critic}
 
-    def state(self, cursor: Cursor, kl: KLController) -> State:
-        """All that moves besides the models."""
+    def state(self, kl: KLController) -> State:
+        """All that moves besides the models. What is in flight is not saved: its prompts come again."""
         return {
-            "cursor": dict(cursor.state()),
+            "cursor": dict(self.sampler.cursor.state(again=self.sampler.in_flight.rows)),
             "kl": kl.state_dict(),
             "experience": self.roles.experience.state_dict().result(),
         }

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rlhf_ray.config.schema import Layout
 from rlhf_ray.models.batching import TokenBatch, collate
 from rlhf_ray.types import Ragged
 
@@ -20,15 +21,21 @@ def forward_rows(
     sequences: Ragged,
     is_source: NDArray[np.bool_],
     micro_batches: Iterable[list[int]],
-    packing: bool,
+    layout: Layout,
     device: torch.device,
+    prompts: Ragged | None = None,
 ) -> dict[int, NDArray[np.float32]]:
-    """Row -> the values of its selected positions, for every row that a micro-batch names."""
+    """Row -> the values of its selected positions, for every row that a micro-batch names.
+
+    Args:
+        prompts: as in `collate`.
+    """
     selection = sequences.with_values(is_source)
     found: dict[int, NDArray[np.float32]] = {}
     for rows in micro_batches:
         chosen = selection.select(rows)
-        batch = collate(sequences.select(rows), chosen.values.astype(bool), packing, device)
+        own = None if prompts is None else prompts.select(rows)
+        batch = collate(sequences.select(rows), chosen.values.astype(bool), layout, device, own)
         with torch.no_grad():
             values = forward(batch).float().cpu().numpy()
         counts = [int(row.sum()) for row in chosen]

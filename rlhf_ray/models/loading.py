@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,9 +30,13 @@ from transformers import (
 from rlhf_ray.config.schema import EMBEDDED_MODEL, EMBEDDED_TEMPLATES, ModelSection
 from rlhf_ray.errors import ModelError
 
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+"""What is taken from the hub: weights that are no pickles, configuration, tokenizer."""
 
-def materialise(section: ModelSection) -> Path | str:
-    """A Hugging Face folder (or a hub name, which is left to the libraries) for what the section names.
+
+def materialise(section: ModelSection) -> Path:
+    """A Hugging Face folder on this machine for what the section names; a hub name is downloaded into the
+    hub's own cache, or found there.
 
     Raises:
         ModelError: nothing is there, or it is not a model.
@@ -46,7 +52,18 @@ def materialise(section: ModelSection) -> Path | str:
         return path
     if section.path.startswith(("/", ".", "~")) or section.path.count("/") > 1:
         raise ModelError(f"model.path={section.path}: no such folder")
-    return section.path
+    return _downloaded(section)
+
+
+def _downloaded(section: ModelSection) -> Path:
+    code = ["*.py"] if section.trust_remote_code else []
+    try:
+        return Path(snapshot_download(section.path, allow_patterns=[*MODEL_FILES, *code]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelError(
+            f"model.path={section.path}: no such folder, and not to be had from the hub "
+            f"({_first_line(error)}); name a folder, or download it where there is a network"
+        ) from error
 
 
 def embedded_gguf() -> Path:

@@ -166,7 +166,8 @@ class StepInfo:
     """Of a step of reinforcement learning.
 
     Fields:
-        version: of the weights that sampled its tokens. kl_coef: this step's coefficient.
+        version: of the weights that are trained, which sampled its tokens, or older ones did.
+        kl_coef: this step's coefficient.
     """
 
     step: int

@@ -27,14 +27,15 @@ from rlhf_ray.algorithms.metrics import finalise
 from rlhf_ray.algorithms.mismatch import mismatch_metrics
 from rlhf_ray.algorithms.table import trained_mask
 from rlhf_ray.config.schema import ModelSection, OnlineSection
-from rlhf_ray.errors import EnvironmentFailure, WeightSyncError
+from rlhf_ray.errors import EnvironmentFailure
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.reporting.evaluation import EvalRecord
 from rlhf_ray.reporting.lineage import LineageBatch, write_lineage
 from rlhf_ray.reporting.transcripts import transcripts
 from rlhf_ray.types import Metrics, Ragged, RLBatch, Rollouts, Scores, StepInfo
 from rlhf_ray.workers.algorithm import algorithm_of, correction_of
-from rlhf_ray.workers.sampled import SampledPart, did_not_fail, num_turns
+from rlhf_ray.workers.sampled import SampledPart, by_prompt, did_not_fail, num_turns
+from rlhf_ray.workers.staleness import check_versions, lag_metrics
 
 
 class ExperienceWorker:
@@ -67,7 +68,8 @@ class ExperienceWorker:
             columns: all chunks of rollouts, then their scores, then their reference log-probs if any.
 
         Raises:
-            WeightSyncError: a token was sampled by weights of another version.
+            WeightSyncError: a token was sampled by weights of another version, or of more than `max_lag`
+                versions before.
             EnvironmentFailure: there is not one episode whose environment did not fail.
         """
         whole, greedy = _joined(columns, num_chunks)
@@ -91,7 +93,7 @@ class ExperienceWorker:
     ) -> tuple[RLBatch, Metrics]:
         """`prepare` for responses that are sampled from their first token to their last."""
         rollouts = judged.rollouts
-        _check_version(rollouts, info)
+        check_versions(rollouts, info, self.section.max_lag)
         old = rollouts.logprobs if old_logprobs is None else old_logprobs
         reference = old if judged.ref_logprobs is None else judged.ref_logprobs
         if self.section.normalize_rewards:
@@ -120,6 +122,7 @@ class ExperienceWorker:
         )
         return batch, {
             **self._metrics(judged, shaped, batch),
+            **lag_metrics(rollouts, info),
             **self._mismatch(rollouts, old_logprobs, weights, is_trained),
         }
 
@@ -176,6 +179,10 @@ class ExperienceWorker:
         if self.section.importance_correction != "none":
             metrics |= finalise(correction_metrics(weights, is_trained))
         return metrics
+
+    def gather(self, *chunks: Rollouts) -> Rollouts:
+        """All in one, in the order of the prompts' ids."""
+        return by_prompt(Rollouts.concat(chunks))
 
     def num_informative(self, rollouts: Rollouts, scores: Scores) -> int:
         """Prompts whose answers did not all get the same reward."""
@@ -356,15 +363,6 @@ def _informative(rollouts: Rollouts, scores: Scores) -> set[int]:
     is_judged = did_not_fail(rollouts) & scores.is_valid
     ids = rollouts.prompt_ids[is_judged]
     return set(np.unique(ids)[has_signal(scores.total[is_judged], ids)].tolist())
-
-
-def _check_version(rollouts: Rollouts, info: StepInfo) -> None:
-    found = np.unique(rollouts.versions.values)
-    if not np.array_equal(found, [info.version]):
-        raise WeightSyncError(
-            f"step {info.step}: its tokens were sampled by weights of version {', '.join(map(str, found))}, "
-            f"and version {info.version} was published last; an engine has missed an update"
-        )
 
 
 def _kl_metrics(batch: RLBatch) -> Metrics:

@@ -10,10 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_ray.config.schema import ModelSection, TrainingSection
-from rlhf_ray.models.batching import TokenBatch, before_responses, plan_micro_batches
+from rlhf_ray.models.batching import TokenBatch, before_responses
 from rlhf_ray.models.heads import PolicyModel
 from rlhf_ray.models.inference import forward_rows, in_row_order, row_totals
 from rlhf_ray.models.loading import load_policy_model
+from rlhf_ray.models.planning import plan_micro_batches
+from rlhf_ray.models.sharing import check_sharing
 from rlhf_ray.types import Ragged, Rollouts, TwoAnswers
 
 Referenced = TypeVar("Referenced", bound=TwoAnswers)
@@ -32,15 +34,26 @@ class FrozenModel:
             self.device.type, dtype=torch.bfloat16, enabled=self.training.precision == "mixed"
         )
 
-    def forward_all(self, sequences: Ragged, is_source: NDArray[np.bool_], **options: float) -> Ragged:
+    def forward_all(
+        self,
+        sequences: Ragged,
+        is_source: NDArray[np.bool_],
+        prompts: Ragged | None = None,
+        **options: float,
+    ) -> Ragged:
+        """As `ModelWorker.forward_all`. options: of the module's forward."""
+
         def forward(batch: TokenBatch) -> torch.Tensor:
             out = self.module(batch, **options)
             return out if isinstance(out, torch.Tensor) else out.logprobs
 
-        (micro_batches,) = plan_micro_batches(sequences.lengths, 1, self.training.tokens_per_micro_batch)
+        training = self.training
+        shared = prompts if training.share_prompts else None
+        budget = training.tokens_per_micro_batch
+        (micro_batches,) = plan_micro_batches(sequences.lengths, 1, budget, shared)
         with self.autocast():
             part = forward_rows(
-                forward, sequences, is_source, micro_batches, self.training.packing, self.device
+                forward, sequences, is_source, micro_batches, training.layout, self.device, prompts
             )
         return in_row_order([part])
 
@@ -52,14 +65,16 @@ class ReferenceWorker:
         self, model: ModelSection, training: TrainingSection, device: torch.device, threads: int
     ) -> None:
         torch.set_num_threads(threads)
-        module = PolicyModel(load_policy_model(model), training.tokens_per_micro_batch)
+        module = PolicyModel(load_policy_model(model), training.lockstep_tokens)
+        if training.share_prompts:
+            check_sharing(module.model)
         self.model = FrozenModel(module, training, device)
 
     def logprobs(self, rollouts: Rollouts, temperature: float) -> Ragged:
         """At the sampler's temperature; one value a response token."""
-        sequences = rollouts.sequences
-        is_source = before_responses(rollouts.prompts.lengths, sequences)
-        return self.model.forward_all(sequences, is_source, temperature=temperature)
+        sequences, prompts = rollouts.sequences, rollouts.prompts
+        is_source = before_responses(prompts.lengths, sequences)
+        return self.model.forward_all(sequences, is_source, prompts, temperature=temperature)
 
     def answer(self, batch: Referenced) -> Referenced:
         """The batch with the log-probs of its answers, at temperature 1, filled in."""

@@ -15,13 +15,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_ray.algorithms.metrics import MetricSums, finalise, merge, pack, unpack
-from rlhf_ray.config.schema import OptimizerSection, TrainingSection
+from rlhf_ray.config.schema import Layout, OptimizerSection, TrainingSection
 from rlhf_ray.engines.deepspeed_engine import TrainEngine, World, init_world, leave_world
 from rlhf_ray.models.adapters import add_adapter, save_adapter
-from rlhf_ray.models.batching import TokenBatch, plan_micro_batches
+from rlhf_ray.models.batching import TokenBatch
 from rlhf_ray.models.heads import PolicyModel, ScalarModel
 from rlhf_ray.models.inference import forward_rows, in_row_order
 from rlhf_ray.models.loading import save_model_folder
+from rlhf_ray.models.planning import plan_micro_batches
+from rlhf_ray.models.sharing import check_sharing
 from rlhf_ray.types import Metrics, Ragged, Rows
 
 ADAPTER_FOLDER = "adapter"
@@ -38,12 +40,16 @@ class Objective(Protocol[BatchT_contra]):
         """[B] tokens of each row in the forward pass."""
         ...
 
+    def prompts(self, batch: BatchT_contra) -> Ragged | None:
+        """With what the rows begin, which equal ones may share; None where they share nothing."""
+        ...
+
     def denominator(self, batch: BatchT_contra) -> float:
         """What the summed loss of the whole batch is divided by."""
         ...
 
     def loss(
-        self, model: nn.Module, rows: BatchT_contra, packing: bool, device: torch.device
+        self, model: nn.Module, rows: BatchT_contra, layout: Layout, device: torch.device
     ) -> tuple[torch.Tensor, MetricSums]:
         """Sum over the given rows (perhaps none), with gradient; and the metrics of these rows."""
         ...
@@ -78,6 +84,8 @@ class ModelWorker:
 
         def adapted() -> nn.Module:
             module = build()
+            if spec.training.share_prompts:
+                check_sharing(module.model)
             if spec.training.lora is not None:
                 add_adapter(module, spec.training.lora, spec.seed)
             return module
@@ -117,7 +125,7 @@ class ModelWorker:
         # Where rewards failed, nothing of a batch may be trained on; its sum is 0, and must not become NaN.
         denominator = objective.denominator(batch) or 1.0
         sums = []
-        for rows in self._my_micro_batches(objective.lengths(batch)):
+        for rows in self._my_micro_batches(objective.lengths(batch), objective.prompts(batch)):
             with self.engine.autocast():
                 loss, metrics = self._loss(objective, batch.select(rows))
             self.engine.backward(loss / denominator)
@@ -128,18 +136,20 @@ class ModelWorker:
         """The objective's metrics without training."""
         self.engine.engine.eval()
         sums = []
-        for rows in self._my_micro_batches(objective.lengths(batch)):
+        for rows in self._my_micro_batches(objective.lengths(batch), objective.prompts(batch)):
             with torch.no_grad(), self.engine.autocast():
                 _, metrics = self._loss(objective, batch.select(rows))
             sums.append(metrics)
         return self._reduce(sums)
 
     def _loss(self, objective: Objective[BatchT], rows: BatchT) -> tuple[torch.Tensor, MetricSums]:
-        return objective.loss(self.engine.engine, rows, self.spec.training.packing, self.world.device)
+        return objective.loss(self.engine.engine, rows, self.spec.training.layout, self.world.device)
 
-    def _my_micro_batches(self, lengths: NDArray[np.int64]) -> list[list[int]]:
-        budget = self.spec.training.tokens_per_micro_batch
-        return plan_micro_batches(lengths, self.world.size, budget)[self.world.rank]
+    def _my_micro_batches(self, lengths: NDArray[np.int64], prompts: Ragged | None) -> list[list[int]]:
+        training = self.spec.training
+        shared = prompts if training.share_prompts else None
+        budget = training.tokens_per_micro_batch
+        return plan_micro_batches(lengths, self.world.size, budget, shared)[self.world.rank]
 
     def _reduce(self, parts: list[MetricSums]) -> Metrics:
         merged = merge(parts)
@@ -151,18 +161,27 @@ class ModelWorker:
         return finalise(merged)
 
     def forward_all(
-        self, forward: Callable[[TokenBatch], torch.Tensor], sequences: Ragged, is_source: NDArray[np.bool_]
+        self,
+        forward: Callable[[TokenBatch], torch.Tensor],
+        sequences: Ragged,
+        is_source: NDArray[np.bool_],
+        prompts: Ragged | None = None,
     ) -> Ragged:
-        """Values at the selected positions, in order, on every rank; each computes a share of the rows."""
+        """Values at the selected positions, in order, on every rank; each computes a share of the rows.
+
+        Args:
+            prompts: with what the sequences begin, where equal ones may be shared.
+        """
         self.engine.engine.eval()
         with self.engine.autocast():
             part = forward_rows(
                 forward,
                 sequences,
                 is_source,
-                self._my_micro_batches(sequences.lengths),
-                self.spec.training.packing,
+                self._my_micro_batches(sequences.lengths, prompts),
+                self.spec.training.layout,
                 self.world.device,
+                prompts,
             )
         return in_row_order(self.engine.gather_objects(part))
 

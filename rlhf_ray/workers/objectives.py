@@ -16,13 +16,20 @@ from rlhf_ray.algorithms.policy_losses import PolicyTokens
 from rlhf_ray.algorithms.preference_losses import bradley_terry_loss
 from rlhf_ray.algorithms.supervised_losses import next_token_loss
 from rlhf_ray.algorithms.value_losses import ValueTokens, value_loss
-from rlhf_ray.config.schema import OnlineSection
+from rlhf_ray.config.schema import Layout, OnlineSection
 from rlhf_ray.models.batching import TokenBatch, before_responses, before_targets, collate, last_positions
-from rlhf_ray.types import PairBatch, Ragged, RLBatch, SFTBatch
+from rlhf_ray.types import PairBatch, Ragged, RLBatch, Rows, SFTBatch
 from rlhf_ray.workers.algorithm import algorithm_of, correction_of, policy_loss_spec
 
 
-class SFTObjective:
+class OwnRows:
+    """Mixin for objectives whose rows share nothing."""
+
+    def prompts(self, batch: Rows) -> None:
+        return None
+
+
+class SFTObjective(OwnRows):
     """Next-token loss on the targets, mean over all targets of the batch."""
 
     def lengths(self, batch: SFTBatch) -> NDArray[np.int64]:
@@ -32,14 +39,14 @@ class SFTObjective:
         return float(before_targets(batch.is_target).sum())
 
     def loss(
-        self, model: nn.Module, rows: SFTBatch, packing: bool, device: torch.device
+        self, model: nn.Module, rows: SFTBatch, layout: Layout, device: torch.device
     ) -> tuple[Tensor, MetricSums]:
-        stats = model(collate(rows.tokens, before_targets(rows.is_target), packing, device))
+        stats = model(collate(rows.tokens, before_targets(rows.is_target), layout, device))
         return next_token_loss(stats.logprobs, stats.is_top)
 
 
 @dataclass(frozen=True)
-class PairObjective:
+class PairObjective(OwnRows):
     """Bradley-Terry loss of the scores at the last tokens, mean over pairs."""
 
     center_rewards_coefficient: float
@@ -52,19 +59,20 @@ class PairObjective:
         return float(len(batch))
 
     def loss(
-        self, model: nn.Module, rows: PairBatch, packing: bool, device: torch.device
+        self, model: nn.Module, rows: PairBatch, layout: Layout, device: torch.device
     ) -> tuple[Tensor, MetricSums]:
         both = Ragged.concat([rows.chosen, rows.rejected])
-        scores = model(collate(both, last_positions(both), packing, device))
+        scores = model(collate(both, last_positions(both), layout, device))
         chosen, rejected = scores.split(len(rows)) if len(rows) else (scores, scores)
         margin = torch.as_tensor(rows.margin, device=device)
         soft_label = torch.as_tensor(rows.soft_label, device=device)
         return bradley_terry_loss(chosen, rejected, margin, soft_label, self.center_rewards_coefficient)
 
 
-def response_batch(rows: RLBatch, packing: bool, device: torch.device) -> TokenBatch:
+def response_batch(rows: RLBatch, layout: Layout, device: torch.device) -> TokenBatch:
     sequences = Ragged.join(rows.prompts, rows.responses)
-    return collate(sequences, before_responses(rows.prompts.lengths, sequences), packing, device)
+    is_source = before_responses(rows.prompts.lengths, sequences)
+    return collate(sequences, is_source, layout, device, rows.prompts)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,9 @@ class _RLObjective:
 
     def lengths(self, batch: RLBatch) -> NDArray[np.int64]:
         return batch.prompts.lengths + batch.responses.lengths
+
+    def prompts(self, batch: RLBatch) -> Ragged:
+        return batch.prompts
 
     def denominator(self, batch: RLBatch) -> float:
         offsets = torch.from_numpy(batch.responses.offsets)
@@ -98,10 +109,10 @@ class PolicyObjective(_RLObjective):
     kl_coef: float
 
     def loss(
-        self, model: nn.Module, rows: RLBatch, packing: bool, device: torch.device
+        self, model: nn.Module, rows: RLBatch, layout: Layout, device: torch.device
     ) -> tuple[Tensor, MetricSums]:
         stats = model(
-            response_batch(rows, packing, device),
+            response_batch(rows, layout, device),
             temperature=self.spec.temperature,
             entropy_has_grad=self.spec.entropy_coef > 0,
         )
@@ -134,10 +145,10 @@ class ValueObjective(_RLObjective):
     """Clipped squared error to the returns."""
 
     def loss(
-        self, model: nn.Module, rows: RLBatch, packing: bool, device: torch.device
+        self, model: nn.Module, rows: RLBatch, layout: Layout, device: torch.device
     ) -> tuple[Tensor, MetricSums]:
         tokens = ValueTokens(
-            values=model(response_batch(rows, packing, device)),
+            values=model(response_batch(rows, layout, device)),
             old_values=torch.as_tensor(rows.values.values, device=device),
             returns=torch.as_tensor(rows.returns.values, device=device),
             weights=self.weights(rows, device),

@@ -35,7 +35,7 @@ class PolicyWorker(ModelWorker):
         online: OnlineSection | None = None,
         wire_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        budget = spec.training.tokens_per_micro_batch
+        budget = spec.training.lockstep_tokens
         super().__init__(
             "policy", lambda: PolicyModel(load_policy_model(model), budget), load_tokenizer(model), spec
         )
@@ -58,14 +58,14 @@ class PolicyWorker(ModelWorker):
         """Temperature-scaled log-probs of the sampled tokens under the current weights, chunk after chunk."""
         assert self.online is not None
         rollouts = Rollouts.concat(chunks)
-        return self._logprobs(rollouts.sequences, rollouts.prompts.lengths, self.online.temperature)
+        return self._of_responses(rollouts, self.online.temperature)
 
     def reference_logprobs(self, rollouts: Rollouts, temperature: float) -> Ragged:
         """As `ReferenceWorker.logprobs` of the model that training started from: this one without its
         adapters."""
         assert isinstance(self.engine.module.model, torch.nn.Module)
         with adapters_off(self.engine.module.model):
-            return self._logprobs(rollouts.sequences, rollouts.prompts.lengths, temperature)
+            return self._of_responses(rollouts, temperature)
 
     def probe(self, sequences: Ragged) -> Ragged:
         """Log-probs at temperature 1 of the tokens after each row's first: what an engine must agree with."""
@@ -93,8 +93,20 @@ class PolicyWorker(ModelWorker):
             self.publisher.close()
         super().close()
 
-    def _logprobs(self, sequences: Ragged, prompt_lengths: NDArray[np.int64], temperature: float) -> Ragged:
+    def _of_responses(self, rollouts: Rollouts, temperature: float) -> Ragged:
+        prompts = rollouts.prompts
+        return self._logprobs(rollouts.sequences, prompts.lengths, temperature, prompts)
+
+    def _logprobs(
+        self,
+        sequences: Ragged,
+        prompt_lengths: NDArray[np.int64],
+        temperature: float,
+        prompts: Ragged | None = None,
+    ) -> Ragged:
+        """Of the tokens after each row's first so many. prompts: as in `forward_all`."""
+
         def forward(batch: TokenBatch) -> torch.Tensor:
             return self.engine.engine(batch, temperature=temperature).logprobs
 
-        return self.forward_all(forward, sequences, before_responses(prompt_lengths, sequences))
+        return self.forward_all(forward, sequences, before_responses(prompt_lengths, sequences), prompts)

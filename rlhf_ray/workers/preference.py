@@ -22,11 +22,12 @@ from rlhf_ray.algorithms.preference_optimisation import (
     pair_loss,
 )
 from rlhf_ray.algorithms.rows import row_sums
-from rlhf_ray.config.schema import ModelSection, PreferenceSection
+from rlhf_ray.config.schema import Layout, ModelSection, PreferenceSection
 from rlhf_ray.models.batching import before_responses, collate
 from rlhf_ray.models.inference import row_totals
 from rlhf_ray.types import LabelledAnswers, Metrics, Ragged, ReferencedPairs, offsets_of
 from rlhf_ray.workers.model_worker import WorkerSpec
+from rlhf_ray.workers.objectives import OwnRows
 from rlhf_ray.workers.policy import PolicyWorker
 
 
@@ -34,12 +35,12 @@ def response_logprobs(
     model: nn.Module,
     sequences: Ragged,
     prompt_lengths: NDArray[np.int64],
-    packing: bool,
+    layout: Layout,
     device: torch.device,
 ) -> Tensor:
     """[B] log-prob of each whole response, with gradient, at temperature 1."""
     is_source = before_responses(prompt_lengths, sequences)
-    stats = model(collate(sequences, is_source, packing, device))
+    stats = model(collate(sequences, is_source, layout, device))
     offsets = torch.as_tensor(offsets_of(sequences.lengths - prompt_lengths), device=device)
     return row_sums(stats.logprobs, offsets)
 
@@ -52,7 +53,7 @@ def answer_logprobs(
 
 
 @dataclass(frozen=True)
-class PairsObjective:
+class PairsObjective(OwnRows):
     """A loss of `preference_optimisation` on both answers of each pair, mean over pairs."""
 
     algorithm: PairAlgorithm
@@ -66,10 +67,10 @@ class PairsObjective:
         return float(len(batch))
 
     def loss(
-        self, model: nn.Module, rows: ReferencedPairs, packing: bool, device: torch.device
+        self, model: nn.Module, rows: ReferencedPairs, layout: Layout, device: torch.device
     ) -> tuple[Tensor, MetricSums]:
         both = Ragged.concat(rows.sides)
-        logprobs = response_logprobs(model, both, np.tile(rows.prompt_lengths, 2), packing, device)
+        logprobs = response_logprobs(model, both, np.tile(rows.prompt_lengths, 2), layout, device)
         chosen, rejected = logprobs.tensor_split(2)
         pairs = PairLogprobs(
             answer_logprobs(chosen, rows.ref_chosen, rows.chosen, rows.prompt_lengths),
@@ -80,7 +81,7 @@ class PairsObjective:
 
 
 @dataclass(frozen=True)
-class AnswersObjective:
+class AnswersObjective(OwnRows):
     """KTO on single answers, mean over answers."""
 
     spec: KTOSpec
@@ -92,9 +93,9 @@ class AnswersObjective:
         return float(len(batch))
 
     def loss(
-        self, model: nn.Module, rows: LabelledAnswers, packing: bool, device: torch.device
+        self, model: nn.Module, rows: LabelledAnswers, layout: Layout, device: torch.device
     ) -> tuple[Tensor, MetricSums]:
-        logprobs = response_logprobs(model, rows.answers, rows.prompt_lengths, packing, device)
+        logprobs = response_logprobs(model, rows.answers, rows.prompt_lengths, layout, device)
         answers = answer_logprobs(logprobs, rows.ref_answers, rows.answers, rows.prompt_lengths)
         return kto_loss(answers, torch.as_tensor(rows.is_desirable, device=device), self.spec)
 

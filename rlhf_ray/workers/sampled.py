@@ -68,6 +68,11 @@ class SampledPart:
         )
 
 
+def by_prompt(rollouts: Rollouts) -> Rollouts:
+    """In the order of the prompts' ids, and of the answers to each."""
+    return rollouts.select(np.lexsort((rollouts.sample_ids, rollouts.prompt_ids)))
+
+
 def did_not_fail(rollouts: Rollouts) -> NDArray[np.bool_]:
     """[B]"""
     return np.array([failure is None for failure in rollouts.failures], dtype=np.bool_)

@@ -23,10 +23,9 @@ class CriticWorker(ModelWorker):
     def values(self, *chunks: Rollouts) -> Ragged:
         """One value a response token, chunk after chunk."""
         rollouts = Rollouts.concat(chunks)
-        sequences = rollouts.sequences
-        return self.forward_all(
-            self.engine.engine, sequences, before_responses(rollouts.prompts.lengths, sequences)
-        )
+        sequences, prompts = rollouts.sequences, rollouts.prompts
+        is_source = before_responses(prompts.lengths, sequences)
+        return self.forward_all(self.engine.engine, sequences, is_source, prompts)
 
     def train_rl(self, batch: RLBatch, step: int) -> Metrics:
         objective = ValueObjective(self.online)

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from actors.group import ActorGroup, Timeline, Turns, union_seconds
-from actors.host import Host
+from actors.host import AsyncHost, Host
 from rlhf_ray.errors import ConfigError, RewardError, WorkerError
 from rlhf_ray.roles import Done
 
@@ -31,15 +31,15 @@ class Stage:
         self.timeout = timeout
         self.groups: list[ActorGroup] = []
 
-    def group(self, name: str, count: int = 1) -> ActorGroup:
-        group = self.unbuilt(name, count)
+    def group(self, name: str, count: int = 1, host: type[Host] = Host) -> ActorGroup:
+        group = self.unbuilt(name, count, host)
         group.build("tests.actors.workers:Worker", [{"rank": rank} for rank in range(count)], BUILD_TIMEOUT)
         group.wait_until_built()
         return group
 
-    def unbuilt(self, name: str, count: int = 1) -> ActorGroup:
+    def unbuilt(self, name: str, count: int = 1, host: type[Host] = Host) -> ActorGroup:
         hosts = [
-            ray.remote(Host).options(num_cpus=0).remote(name, str(self.logs / f"{name}-{rank}.log"))
+            ray.remote(host).options(num_cpus=0).remote(name, str(self.logs / f"{name}-{rank}.log"))
             for rank in range(count)
         ]
         self.groups.append(ActorGroup(name, hosts, self.turns, self.timeline, self.timeout))
@@ -191,6 +191,36 @@ def test_who_hangs_in_an_earlier_turn_is_named(make_stage: Callable[..., Stage])
         policy.call("tagged", 1).result()
 
 
+def test_calls_of_an_async_host_run_beside_each_other_and_the_first_done_come_first(
+    make_stage: Callable[..., Stage],
+) -> None:
+    stage = make_stage(timeout=20.0)
+    group = stage.group("engine", 2, host=AsyncHost)
+    start = time.monotonic()
+    naps = [
+        group.call_rank(rank, "nap", seconds) for rank, seconds in ((1, 1.5), (1, 0.3), (0, 1.5), (1, 0.6))
+    ]
+    refs = [nap.done[0] for nap in naps]
+    assert stage.timeline.open.wait_for_first(refs, 2, 20.0) == [1, 3]
+    assert time.monotonic() - start < 1.4
+    assert stage.timeline.open.wait_for_first(refs, 2, 20.0) == [1, 3], "those that have ended count"
+    assert [nap.result() for nap in naps] == [1.5, 0.3, 1.5, 0.6]
+    assert time.monotonic() - start < 2.5, "not one after the other"
+
+
+def test_a_failure_among_calls_that_run_beside_each_other_is_raised_by_whoever_waits(
+    make_stage: Callable[..., Stage],
+) -> None:
+    stage = make_stage()
+    group = stage.group("engine", host=AsyncHost)
+    late = group.call_rank(0, "nap", 30.0)
+    group.call_rank(0, "nap", 0.1, True)
+    with pytest.raises(RewardError, match="said by the worker"):
+        stage.timeline.open.wait_for_first([late.done[0]], 1, 20.0)
+    with pytest.raises(WorkerError, match=r"^no answer within 0\.5 s from engine\.nap$"):
+        stage.timeline.open.wait_for_first([late.done[0]], 1, 0.5)
+
+
 def spans_of(stage: Stage) -> dict[str, list[tuple[float, float]]]:
     spans: dict[str, list[tuple[float, float]]] = {}
     for kind, done in stage.timeline.calls:
@@ -237,7 +267,8 @@ def test_the_timeline_books_unions(make_stage: Callable[..., Stage]) -> None:
     policy.call("sleep", 0.2, kind="train_policy").result()
     policy.call("sleep", 0.4).result()
     seconds = stage.timeline.take()
-    assert set(seconds) == {"time/generate", "time/train_policy", "time/busy"}
+    assert set(seconds) == {"time/generate", "time/train_policy", "time/busy", "time/wait"}
+    assert seconds["time/wait"] == pytest.approx(seconds["time/generate"], abs=1e-6)
     assert 0.3 <= seconds["time/generate"] < 0.5, "two engines at the same time count once"
     assert 0.2 <= seconds["time/train_policy"] < 0.4
     assert seconds["time/busy"] == pytest.approx(
@@ -253,6 +284,23 @@ def test_the_timeline_does_not_wait_for_calls_under_way(make_stage: Callable[...
     assert stage.timeline.take() == {}
     pending.result()
     assert 1.0 <= stage.timeline.take()["time/generate"] < 1.5
+
+
+def test_only_time_in_which_nothing_but_generation_runs_is_waited_for(
+    make_stage: Callable[..., Stage],
+) -> None:
+    stage = make_stage(turns=False)
+    engine, policy = stage.group("engine"), stage.group("policy")
+    stage.timeline.take()
+    ahead = engine.call("sleep", 1.2, kind="generate")
+    policy.call("sleep", 0.5, kind="train_policy").result()
+    first = stage.timeline.take()
+    assert 0.5 <= first["time/busy"] < 0.7
+    ahead.result()
+    second = stage.timeline.take()
+    assert 1.2 <= second["time/generate"] < 1.4, "the whole call, in the step in which it ended"
+    assert 0.5 < second["time/wait"] < 0.8, "what was left of it after the first step"
+    assert second["time/busy"] == second["time/wait"]
 
 
 @pytest.mark.parametrize(

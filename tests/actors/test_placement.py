@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,23 @@ def test_enough_gpus_are_one_an_actor_or_as_many_as_an_engine_is_parallel() -> N
     assert not take_turns(demands, shares, capacity)
 
 
+@pytest.mark.parametrize(
+    ("cpus", "threads", "of_engines", "of_others"),
+    [(1, "auto", 1, 1), (2, "auto", 1, 1), (16, "auto", 4, 8), (16, 6, 6, 4), (16, 8, 8, 1)],
+)
+def test_what_works_apart_has_cores_of_its_own(
+    cpus: float, threads: object, of_engines: int, of_others: int
+) -> None:
+    capacity = Capacity(cpus=cpus, gpus=0, memory=8 * GIB)
+    engines = replace(demand("engine", 2, threads=threads), is_apart=True)
+    demands = [*ROLES[:4], engines]
+    shares = resolve_shares(demands, capacity)
+    assert shares["engine"].threads == of_engines
+    assert {shares[role.name].threads for role in ROLES[:4]} == {of_others}
+    assert take_turns(demands, shares, capacity), "four roles on the cores of one"
+    assert not take_turns([ROLES[0], engines], shares, capacity), "each has its own"
+
+
 @pytest.mark.actors
 @pytest.mark.usefixtures("ray_cluster")
 class TestOnACluster:
@@ -140,6 +158,21 @@ class TestOnACluster:
             "policy-1.log",
             "experience.log",
         }
+        placement.release()
+        self.assert_all_is_free()
+
+    def test_what_works_apart_does_so_beside_the_others(self, tmp_path: Path) -> None:
+        demands = [demand("policy"), demand("critic"), replace(demand("engine"), is_apart=True)]
+        placement = Placement(demands, ALONE, RunFolder(tmp_path))
+        policy, critic, engine = (placement.start(each.name) for each in demands)
+        for group in (policy, critic, engine):
+            group.build("tests.actors.workers:Worker", [{}], 60)
+        placement.wait_until_built()
+        calls = [group.call("sleep", 0.4, kind=group.name) for group in (engine, policy, critic)]
+        for call in calls:
+            call.result()
+        seconds = placement.timeline.take()
+        assert 0.8 <= seconds["time/busy"] < 1.1, "policy and critic one after the other, the engine beside"
         placement.release()
         self.assert_all_is_free()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -55,6 +56,13 @@ class Worker:
     def look_at(self, array: NDArray[np.int64]) -> tuple[int, bool]:
         """Sum, and whether the array may be written to (one that lies in the object store may not)."""
         return int(array.sum()), bool(array.flags.writeable)
+
+    async def nap(self, seconds: float, fails: bool = False) -> float:
+        """For hosts whose calls run beside each other."""
+        await asyncio.sleep(seconds)
+        if fails:
+            raise errors.RewardError("said by the worker")
+        return seconds
 
     def sleep(self, seconds: float, rank: int | None = None) -> None:
         if rank is None or rank == self.rank:

@@ -64,6 +64,16 @@ def test_only_true_and_false_are_truth_values(in_folder: Path) -> None:
     )
 
 
+def test_a_micro_batch_has_one_layout(in_folder: Path) -> None:
+    assert load_config(written(SFT + "training: {share_prompts: true}")).training.layout == "shared"
+    assert load_config(written(SFT + "training: {packing: true}")).training.layout == "packed"
+    assert load_config(written(SFT)).training.layout == "padded"
+    assert mistakes(written(SFT + "training: {packing: true, share_prompts: true}")) == (
+        "my.yaml:4: training.share_prompts=true: gives every prompt a row with its answers, and packing=true "
+        "puts all into one row; leave one of the two out",
+    )
+
+
 def test_a_section_written_in_part_keeps_the_defaults_of_its_place() -> None:
     partly = {"dataset": {"path": "a.jsonl"}, "optimizer": {"weight_decay": 0.1}}
     config = load_config({"output_dir": "r", "pipeline": ["sft", "reward"], "sft": partly, "reward": partly})

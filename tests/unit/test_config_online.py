@@ -215,6 +215,57 @@ def test_an_advantage_function_of_ones_own_may_do_with_one_answer() -> None:
     assert own.num_generations == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"max_lag": 1, "oversample": 1.5},
+            "oversample=1.5: what is sampled beyond prompts_per_step is given up;",
+        ),
+        ({"stragglers": "drop"}, "stragglers=drop: every prompt that is sampled is needed; set max_lag,"),
+        (
+            {"stragglers": "drop", "oversample": 1.01},
+            "stragglers=drop: every prompt that is sampled is needed",
+        ),
+    ],
+)
+def test_what_is_given_up_must_have_been_sampled_to_spare(options: dict[str, object], said: str) -> None:
+    assert refused("grpo", **options).startswith(said)
+    assert section("grpo", stragglers="drop", oversample=1.5).spare_prompts == 2
+    assert section("grpo", stragglers="drop", max_lag=1).spare_prompts == 0
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        (
+            {"engine": {"backend": "transformers"}},
+            "by the transformers backend whole batches are answered at once",
+        ),
+        (
+            {"environment": {"class_path": "rlhf_ray.environments.guessing:NumberGuessing"}},
+            "with an environment",
+        ),
+    ],
+)
+def test_stragglers_are_told_by_engines_that_answer_prompt_by_prompt(
+    tree: dict[str, object], said: str
+) -> None:
+    online = {**COMMON, "algorithm": "rloo", "num_generations": 2, "max_lag": 1, "stragglers": "drop"}
+    if "environment" in tree:
+        online["environment"] = tree["environment"]
+    engine = {key: value for key, value in tree.items() if key == "engine"}
+    config = load_config({"output_dir": "r", "online": online, **engine})
+    (mistake,) = [mistake for mistake in check_config(config) if "stragglers" in mistake]
+    assert mistake.startswith(f"online.stragglers=drop: {said}")
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "one"])
+def test_a_lag_is_a_number_of_versions(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^online\.max_lag="):
+        load_config({"output_dir": "r", "online": {**COMMON, "critic_init": "policy", "max_lag": value}})
+
+
 def test_every_mistake_of_a_section_at_once() -> None:
     assert refused("grpo", num_generations=1, kl_estimator="k1", whiten_rewards=True).count("\n") == 2
 

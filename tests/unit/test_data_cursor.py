@@ -73,7 +73,30 @@ def test_the_state_before_a_draw_brings_the_untrained_batch_again() -> None:
     assert list(Cursor.from_state(before).next(3)) == list(in_flight)
 
 
-@pytest.mark.parametrize("state", [{}, {"num_rows": 0, "seed": 0, "position": 0}, {"num_rows": 4, "seed": 1}])
-def test_a_damaged_state_is_refused(state: dict[str, int]) -> None:
+def test_rows_that_were_not_trained_on_come_again_first() -> None:
+    cursor = Cursor(8, seed=4)
+    trained = cursor.next(3).tolist()
+    in_flight = cursor.next(4).tolist()
+    state = json.loads(json.dumps(cursor.state(again=in_flight)))
+    resumed = Cursor.from_state(state)
+    assert resumed.next(2).tolist() == in_flight[:2]
+    again = Cursor.from_state(json.loads(json.dumps(resumed.state(again=in_flight[:2]))))
+    assert again.state() == state
+    rest = again.next(5).tolist()
+    assert rest[:4] == in_flight
+    assert sorted(trained + rest) == list(range(8)), "every row once an epoch, and none twice"
+    assert again.next(6).tolist() == cursor.next(7).tolist()[1:]
+
+
+DAMAGED: list[dict[str, int | list[int]]] = [
+    {},
+    {"num_rows": 0, "seed": 0, "position": 0},
+    {"num_rows": 4, "seed": 1},
+    {"num_rows": 4, "seed": 1, "position": 2, "again": [4]},
+]
+
+
+@pytest.mark.parametrize("state", DAMAGED)
+def test_a_damaged_state_is_refused(state: dict[str, int | list[int]]) -> None:
     with pytest.raises(CheckpointError, match="cursor state"):
         Cursor.from_state(state)

@@ -63,7 +63,7 @@ def move(module: PolicyModel, scale: float, seed: int = 1) -> None:
 
 
 def rectangle() -> TokenBatch:
-    return collate(ROWS, np.ones(len(ROWS.values), dtype=bool), packing=False, device=CPU)
+    return collate(ROWS, np.ones(len(ROWS.values), dtype=bool), layout="padded", device=CPU)
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def following(module: PolicyModel) -> Ragged:
     is_source = np.ones(len(ROWS.values), dtype=bool)
     is_source[ROWS.offsets[1:] - 1] = False
     with torch.no_grad():
-        logprobs = module.eval()(collate(ROWS, is_source, packing=False, device=CPU)).logprobs
+        logprobs = module.eval()(collate(ROWS, is_source, layout="padded", device=CPU)).logprobs
     return Ragged.from_lengths(logprobs.numpy(), ROWS.lengths - 1)
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_ray.models.batching import (
-    before_responses,
-    before_targets,
-    collate,
-    column_ids,
-    last_positions,
-    plan_micro_batches,
-)
+from rlhf_ray.config.schema import Layout
+from rlhf_ray.models.batching import before_responses, before_targets, collate, column_ids, last_positions
 from rlhf_ray.models.inference import forward_rows, in_row_order
+from rlhf_ray.models.planning import MICRO_BATCH_COST, plan_micro_batches
 from rlhf_ray.types import Ragged
 
 CPU = torch.device("cpu")
@@ -26,7 +23,7 @@ SEQUENCES = Ragged.from_rows([[5, 6, EOS], [8, EOS], [7, 7, 7, EOS]], np.int32)
 
 def test_right_padding_by_hand() -> None:
     is_target = SEQUENCES.with_values(np.array([0, 1, 1, 0, 1, 0, 0, 1, 1], dtype=bool))
-    batch = collate(SEQUENCES, before_targets(is_target), packing=False, device=CPU)
+    batch = collate(SEQUENCES, before_targets(is_target), layout="padded", device=CPU)
     assert batch.input_ids.tolist() == [[5, 6, EOS, 0], [8, EOS, 0, 0], [7, 7, 7, EOS]]
     assert batch.position_ids is None
     # Row 0 predicts at its positions 0 and 1, row 1 at 0, row 2 at 1 and 2; rows are 4 wide.
@@ -36,7 +33,7 @@ def test_right_padding_by_hand() -> None:
 
 def test_packing_by_hand() -> None:
     is_target = SEQUENCES.with_values(np.array([0, 1, 1, 0, 1, 0, 0, 1, 1], dtype=bool))
-    batch = collate(SEQUENCES, before_targets(is_target), packing=True, device=CPU)
+    batch = collate(SEQUENCES, before_targets(is_target), layout="packed", device=CPU)
     assert batch.input_ids.tolist() == [[5, 6, EOS, 8, EOS, 7, 7, 7, EOS]]
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
@@ -44,27 +41,27 @@ def test_packing_by_hand() -> None:
     assert batch.targets.tolist() == [6, EOS, EOS, 7, EOS]
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_last_position_has_no_target_of_the_next_row(packing: bool) -> None:
-    batch = collate(SEQUENCES, last_positions(SEQUENCES), packing, CPU)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_last_position_has_no_target_of_the_next_row(layout: Layout) -> None:
+    batch = collate(SEQUENCES, last_positions(SEQUENCES), layout, CPU)
     assert batch.targets.tolist() == [0, 0, 0]
     assert batch.input_ids.flatten()[batch.select].tolist() == [EOS, EOS, EOS]
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_no_rows_are_one_token_that_nobody_reads(packing: bool) -> None:
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_no_rows_are_one_token_that_nobody_reads(layout: Layout) -> None:
     nothing = Ragged.from_rows([], np.int32)
-    batch = collate(nothing, np.empty(0, dtype=bool), packing, CPU)
+    batch = collate(nothing, np.empty(0, dtype=bool), layout, CPU)
     assert batch.input_ids.tolist() == [[0]]
     assert (len(batch.select), len(batch.targets)) == (0, 0)
-    assert (batch.position_ids is not None) == packing
+    assert (batch.position_ids is not None) == (layout == "packed")
 
 
 def test_eos_is_a_target_although_it_may_be_the_pad_token() -> None:
     """Prompts of 1, 1 and 2 tokens: every response token is predicted, the EOS of each row among them."""
     is_source = before_responses(np.array([1, 1, 2]), SEQUENCES)
     assert is_source.tolist() == [1, 1, 0, 1, 0, 0, 1, 1, 0]
-    assert collate(SEQUENCES, is_source, False, CPU).targets.tolist() == [6, EOS, EOS, 7, EOS]
+    assert collate(SEQUENCES, is_source, "padded", CPU).targets.tolist() == [6, EOS, EOS, 7, EOS]
 
 
 def test_target_at_the_first_token_has_nothing_before_it() -> None:
@@ -109,6 +106,30 @@ def test_plan_shares_out_what_fits_into_one_micro_batch() -> None:
     assert [[len(batch) for batch in batches] for batches in plan] == [[4], [4]]
 
 
+def partitions(rows: list[int]) -> Iterator[list[list[int]]]:
+    """All ways to put rows into micro-batches."""
+    if not rows:
+        yield []
+        return
+    first, *others = rows
+    for rest in partitions(others):
+        yield [[first], *rest]
+        for index, batch in enumerate(rest):
+            yield [*rest[:index], [first, *batch], *rest[index + 1 :]]
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=6))
+def test_plan_weighs_padding_against_micro_batches(row_lengths: list[int]) -> None:
+    """Where the budget has room for anything, nothing is cheaper."""
+    lengths = np.array(row_lengths)
+
+    def cost(batches: list[list[int]]) -> int:
+        return sum(padded(batch, lengths) + MICRO_BATCH_COST for batch in batches)
+
+    (batches,) = plan_micro_batches(lengths, 1, 10_000)
+    assert cost(batches) == min(cost(each) for each in partitions(list(range(len(lengths)))))
+
+
 def test_plan_of_equal_rows_fills_the_budget() -> None:
     (batches,) = plan_micro_batches(np.full(8, 10), num_ranks=1, token_budget=40)
     assert [len(batch) for batch in batches] == [4, 4]
@@ -122,7 +143,7 @@ def test_rows_come_back_in_their_order() -> None:
         return batch.input_ids.flatten()[batch.select].float()
 
     parts = [
-        forward_rows(read_ids, SEQUENCES, is_source, micro_batches, packing=False, device=CPU)
+        forward_rows(read_ids, SEQUENCES, is_source, micro_batches, layout="padded", device=CPU)
         for micro_batches in ([[2], []], [[1, 0]])
     ]
     found = in_row_order(parts)

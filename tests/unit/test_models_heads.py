@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlhf_ray.config.schema import ModelSection
+from rlhf_ray.config.schema import Layout, ModelSection
 from rlhf_ray.models.batching import before_responses, collate, last_positions
 from rlhf_ray.models.heads import PolicyModel, ScalarModel, num_head_chunks, token_stats
 from rlhf_ray.models.loading import load_policy_model, load_scalar_model
@@ -19,6 +19,7 @@ from tests.tiny import tiny_model_folder
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.7
+LAYOUTS: tuple[Layout, ...] = ("padded", "packed")
 LENGTHS = [9, 30, 4, 17, 2]
 PROMPTS = np.array([3, 10, 1, 16, 1])
 
@@ -98,7 +99,7 @@ def test_token_stats_of_nothing_reach_the_head() -> None:
 
 
 def test_chunks_hold_the_budget() -> None:
-    assert [num_head_chunks(budget) for budget in (1, 512, 513, 4096)] == [1, 1, 2, 8]
+    assert [num_head_chunks(tokens) for tokens in (0, 1, 512, 513, 4096)] == [1, 1, 1, 2, 8]
 
 
 def slow_logprobs(model: PreTrainedModel, rows: Ragged, temperature: float) -> list[torch.Tensor]:
@@ -117,8 +118,8 @@ def gradients(module: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_logprobs_and_gradients_against_one_row_at_a_time(model: ModelSection, packing: bool) -> None:
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_logprobs_and_gradients_against_one_row_at_a_time(model: ModelSection, layout: Layout) -> None:
     """Padding or the neighbours in a packed row change neither."""
     policy = PolicyModel(load_policy_model(model), token_budget=2000)
     plain = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
@@ -127,7 +128,7 @@ def test_logprobs_and_gradients_against_one_row_at_a_time(model: ModelSection, p
 
     slow = torch.cat(slow_logprobs(plain, rows, TEMPERATURE))
     expected = gradients(plain, (slow * weights).sum())
-    batch = collate(rows, before_responses(PROMPTS, rows), packing, CPU)
+    batch = collate(rows, before_responses(PROMPTS, rows), layout, CPU)
     fast = policy(batch, temperature=TEMPERATURE).logprobs
     found = gradients(policy.model, (fast * weights).sum())
 
@@ -144,7 +145,7 @@ def test_packed_neighbours_are_not_seen(model: ModelSection) -> None:
     others = Ragged.from_rows([np.full(9, 250), *list(rows)[1:]], np.int32)
     with torch.no_grad():
         before, after = (
-            policy(collate(each, before_responses(PROMPTS, each), True, CPU)).logprobs
+            policy(collate(each, before_responses(PROMPTS, each), "packed", CPU)).logprobs
             for each in (rows, others)
         )
     own = LENGTHS[0] - PROMPTS[0]
@@ -168,8 +169,8 @@ def test_score_is_that_of_the_last_token(model: ModelSection) -> None:
     assert expected.std() > 0.1
     for order in ([0, 1, 2, 3, 4], [4, 2, 0, 1, 3], [1], [2, 1]):
         chosen = rows.select(order)
-        for packing in (False, True):
-            scores = scalar(collate(chosen, last_positions(chosen), packing, CPU))
+        for layout in LAYOUTS:
+            scores = scalar(collate(chosen, last_positions(chosen), layout, CPU))
             torch.testing.assert_close(scores, expected[order], rtol=1e-5, atol=1e-5)
 
 
@@ -183,7 +184,7 @@ def test_score_does_not_depend_on_the_side_of_the_padding(model: ModelSection) -
         ids[index, width - len(row) :], mask[index, width - len(row) :] = torch.tensor(row.tolist()), 1
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     left = network.model(ids, attention_mask=mask, position_ids=positions).last_hidden_state[:, -1]
-    right = ScalarModel(network)(collate(rows, last_positions(rows), False, CPU))
+    right = ScalarModel(network)(collate(rows, last_positions(rows), "padded", CPU))
     torch.testing.assert_close(right, left @ network.score.weight[0], rtol=1e-5, atol=1e-5)
 
 
@@ -192,7 +193,7 @@ def test_a_value_for_every_response_token(model: ModelSection) -> None:
     """V of the state before token t reads the hidden state of token t - 1."""
     network = load_scalar_model(model, seed=0)
     rows = sequences()
-    values = ScalarModel(network)(collate(rows, before_responses(PROMPTS, rows), False, CPU))
+    values = ScalarModel(network)(collate(rows, before_responses(PROMPTS, rows), "padded", CPU))
     slow = [
         (network.model(torch.tensor(row.tolist())[None]).last_hidden_state[0] @ network.score.weight[0])
         for row in rows

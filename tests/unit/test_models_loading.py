@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -49,9 +51,8 @@ def saved(model: torch.nn.Module, folder: Path) -> Path:
     return folder
 
 
-def test_folders_and_hub_names_stay_and_missing_ones_are_errors(folder: Path) -> None:
+def test_folders_stay_and_missing_ones_are_errors(folder: Path) -> None:
     assert materialise(section(folder)) == folder
-    assert materialise(ModelSection(path="someone/some-model")) == "someone/some-model"
     for path, problem in {
         str(folder / "nowhere"): "no such folder",
         "./nowhere": "no such folder",
@@ -59,6 +60,22 @@ def test_folders_and_hub_names_stay_and_missing_ones_are_errors(folder: Path) ->
     }.items():
         with pytest.raises(ModelError, match=f"model.path=.*nowhere.*: {problem}"):
             materialise(ModelSection(path=path))
+
+
+def test_hub_names_are_found_in_the_hubs_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    name = ModelSection(path="someone/some-model")
+    with pytest.raises(ModelError, match=r"model.path=someone/some-model: .* not to be had from the hub"):
+        materialise(name)
+    cached = tmp_path / "models--someone--some-model"
+    snapshot = cached / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    assert materialise(name) == snapshot
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
@@ -135,7 +152,7 @@ def test_a_reward_model_keeps_its_head_and_scores_alike_everywhere(folder: Path,
     plain = AutoModelForSequenceClassification.from_pretrained(reward_folder, dtype=torch.float32).eval()
     assert (type(plain), plain.config.num_labels) == (LlamaForSequenceClassification, 1)
     rows = Ragged.from_rows([IDS[0].tolist(), [1, 9, 2]], np.int32)
-    ours = ScalarModel(network)(collate(rows, last_positions(rows), False, torch.device("cpu")))
+    ours = ScalarModel(network)(collate(rows, last_positions(rows), "padded", torch.device("cpu")))
     theirs = [
         plain.score(plain.model(torch.tensor([row.tolist()])).last_hidden_state)[0, -1, 0] for row in rows
     ]

@@ -18,6 +18,7 @@ from tests.local_roles import CPU, online_section, weights_of
 from tests.ranks import EXACT, worker_spec
 from tests.samples import random_rollouts
 from tests.tiny import tiny_model_folder
+from tests.unit.test_deepspeed_engine import distance, first_moments
 
 TEMPERATURE = 0.6
 MIXED = TrainingSection(precision="mixed", zero_stage=1, tokens_per_micro_batch=64)
@@ -184,7 +185,7 @@ def slow_ppo_loss(
     ids=str,
 )
 def test_ppo_update_against_full_logits(model: ModelSection, options: dict[str, object]) -> None:
-    """One step of Adam on the slow loss gives the same loss, gradient norm and weights."""
+    """One step of Adam on the slow loss gives the same loss, gradient and weights."""
     section = online_section(
         temperature=TEMPERATURE, optimizer={"learning_rate": 1e-3, "max_grad_norm": 1e6}, **options
     )
@@ -207,9 +208,13 @@ def test_ppo_update_against_full_logits(model: ModelSection, options: dict[str, 
     assert metrics["policy/grad_norm"] == pytest.approx(float(gradients.norm()), rel=1e-5)
     assert 0 < metrics["policy/clip_ratio/low"] < 0.5
     assert 0 < metrics["policy/clip_ratio/high"] < 0.5
+    found = first_moments(worker)
+    moments = {name: adam.state[p]["exp_avg"].flatten().numpy() for name, p in network.named_parameters()}
+    assert distance(found, moments) < 1e-5
     for name, weight in weights_of(worker).items():
         expected = network.get_parameter(name).detach().numpy()
-        assert np.linalg.norm(weight - expected) < 1e-5 * np.linalg.norm(expected), name
+        # Where a gradient is as small as Adam's epsilon, its last bits decide how far the weight goes.
+        assert np.linalg.norm(weight - expected) < 2e-5 * np.linalg.norm(expected), name
 
 
 def test_tokens_with_positive_advantage_become_likelier(model: ModelSection) -> None:

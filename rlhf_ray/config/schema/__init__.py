@@ -30,6 +30,7 @@ from rlhf_ray.config.schema.machinery import (
     CheckpointSection,
     ClusterSection,
     EngineSection,
+    Layout,
     LoggingSection,
     LoraSection,
     PlacementSection,
@@ -39,7 +40,7 @@ from rlhf_ray.config.schema.machinery import (
     TrainingSection,
     WandbSection,
 )
-from rlhf_ray.config.schema.online import OnlineSection
+from rlhf_ray.config.schema.online import KVOnUpdate, OnlineSection
 from rlhf_ray.config.schema.preference import PreferenceAlgorithm, PreferenceSection
 from rlhf_ray.config.schema.preferences import (
     Annotator,
@@ -89,6 +90,8 @@ __all__ = [
     "FunctionReward",
     "HttpReward",
     "JudgeReward",
+    "KVOnUpdate",
+    "Layout",
     "LengthReward",
     "LoggingSection",
     "LoraSection",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 
 from rlhf_ray.config.schema.base import NonNegative, Positive, Section
 
@@ -22,6 +22,11 @@ class LoraSection(Section):
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
 
 
+Layout = Literal["padded", "packed", "shared"]
+"""How the sequences of a micro-batch stand in the rectangle that a model takes: each in a row of its own; one
+behind the other in a single row; the answers to a prompt behind it in one row."""
+
+
 class TrainingSection(Section):
     """How every trained model (policy, critic, reward model) is trained.
 
@@ -29,6 +34,9 @@ class TrainingSection(Section):
     tokens_per_micro_batch: budget of padded tokens in one forward/backward; raises or lowers memory, never
     the result.
     packing: sequences of a micro-batch in one row, without padding; pays with FlashAttention on a GPU.
+    share_prompts: in the online stage, the answers to a prompt stand behind it in one row, and it is computed
+    once for all of them that a micro-batch has, with the same result. Pays where num_generations is large and
+    answers are not much longer than prompts. For models whose every layer has full attention.
     lora: null trains all weights. Adapters want a learning rate about ten times that of all weights.
     """
 
@@ -36,8 +44,29 @@ class TrainingSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     tokens_per_micro_batch: Positive = 4096
     packing: bool = False
+    share_prompts: bool = False
     gradient_checkpointing: bool = False
     lora: LoraSection | None = None
+
+    @property
+    def lockstep_tokens(self) -> int | None:
+        """The most tokens of a forward, where all ranks must take equally many steps through each of them."""
+        return self.tokens_per_micro_batch if self.zero_stage == 3 else None
+
+    @property
+    def layout(self) -> Layout:
+        if self.share_prompts:
+            return "shared"
+        return "packed" if self.packing else "padded"
+
+    @model_validator(mode="after")
+    def _one_layout(self) -> TrainingSection:
+        if self.packing and self.share_prompts:
+            raise ValueError(
+                "share_prompts=true: gives every prompt a row with its answers, and packing=true puts all "
+                "into one row; leave one of the two out"
+            )
+        return self
 
 
 class EngineSection(Section):
@@ -68,7 +97,8 @@ class SyncSection(Section):
 class RoleSection(Section):
     """What one role takes. `auto` shares the machine: one GPU an actor where there are GPUs, else equal
     shares of the CPUs, every actor of a role with as many threads as the role has cores to itself while it
-    works."""
+    works. With `online.max_lag` above 0 the engines have half of the cores, or as many as `engine.threads`
+    says, and the other roles the rest."""
 
     count: Positive = Field(1, description="ranks of a trained model, or engines")
     cpus: float | Literal["auto"] = "auto"

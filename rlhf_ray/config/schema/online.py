@@ -29,6 +29,8 @@ from rlhf_ray.config.schema.base import (
 from rlhf_ray.config.schema.environments import EnvironmentSection
 from rlhf_ray.config.schema.rewards import Reward, judge_mistakes
 
+KVOnUpdate = Literal["keep", "drop"]
+
 
 class OnlineSection(Section):
     """Reinforcement learning on the policy's own samples.
@@ -43,6 +45,13 @@ class OnlineSection(Section):
     [1 / importance_cap, importance_cap].
     recompute_old_logprobs: false takes the sampler's log-probs for the old policy's and saves a forward pass;
     the ratio of the loss is then that of trainer and sampler, and the correction applies to it.
+    max_lag: training does not wait for generation, but is at most so many updates ahead of it
+    (docs/asynchrony.md). Answers that vLLM is at when weights change go on with the new ones:
+    `kv_on_update: keep` leaves what they have in the KV cache as it is, `drop` computes it anew.
+    stragglers: `wait` trains on prompts in the order in which they were drawn; `drop` on those that are
+    answered first, and gives up what would become older than max_lag. Its prompts come again.
+    oversample: with `drop`, this many times prompts_per_step are sampled for a step, and the last are given
+    up.
     advantage_function, policy_loss_function: functions of your own, `module:name`, in place of the
     algorithm's (docs/algorithms.md).
     critic_init, critic_warmup_steps, critic_optimizer, lam, cliprange_value: for algorithms with a critic.
@@ -65,6 +74,12 @@ class OnlineSection(Section):
         64, description="tokens of an answer; with an environment, of each"
     )
     max_prompt_length: Positive = 512
+    max_lag: NonNegative = Field(
+        0, description="versions by which the weights that sample may be behind those in training"
+    )
+    kv_on_update: KVOnUpdate = "keep"
+    stragglers: Literal["wait", "drop"] = "wait"
+    oversample: float = Field(1.0, ge=1, le=4, description="times as many prompts as a step trains on")
     temperature: float = Field(1.0, gt=0)
 
     num_ppo_epochs: Positive = 1
@@ -115,6 +130,11 @@ class OnlineSection(Section):
         return self.prompts_per_step * self.num_generations
 
     @property
+    def spare_prompts(self) -> int:
+        """In flight beyond the batches that are trained on."""
+        return round((self.oversample - 1) * self.prompts_per_step)
+
+    @property
     def max_response_length(self) -> int:
         """Tokens after the prompt."""
         return self.environment.max_episode_length if self.environment else self.max_completion_length
@@ -153,6 +173,7 @@ class OnlineSection(Section):
             *self._algorithm_mistakes(),
             *self._kl_mistakes(),
             *self._critic_mistakes(),
+            *self._lag_mistakes(),
         ]
         if self.samples_per_step % self.num_mini_batches:
             mistakes.append(
@@ -228,6 +249,19 @@ class OnlineSection(Section):
                 f"use more than {self.samples_per_step // 5}"
             )
         return mistakes
+
+    def _lag_mistakes(self) -> list[str]:
+        if self.stragglers == "wait" and self.oversample > 1:
+            return [
+                f"oversample={self.oversample}: what is sampled beyond prompts_per_step is given up; set "
+                "stragglers: drop, or leave it out"
+            ]
+        if self.stragglers == "drop" and not self.max_lag and not self.spare_prompts:
+            return [
+                "stragglers=drop: every prompt that is sampled is needed; set max_lag, or raise oversample, "
+                "or leave it out"
+            ]
+        return []
 
     def _critic_mistakes(self) -> list[str]:
         if not self.uses_critic:  # comparing algorithms is changing one line, whatever is said of a critic
