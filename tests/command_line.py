@@ -51,12 +51,15 @@ class Running:
         begun = self._alive()
         try:
             self.process.wait(timeout)
-            # Ray's daemons end their workers, which takes them a moment.
-            _, left = psutil.wait_procs({*begun, *self._alive()}, timeout=20)
-        finally:
-            for process in begun:
-                process.kill()  # those that left the session are not found again
-        return self.wait(timeout), [str(process) for process in left]
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        # Ray's daemons end their workers, which takes them a moment.
+        _, left = psutil.wait_procs({*begun, *self._alive()}, timeout=20)
+        named = [str(process) for process in left]
+        for process in left:
+            process.kill()  # by `wait`, those that left the session would not be found again
+        return self.wait(timeout), named
 
     def send(self, number: signal.Signals) -> None:
         """As `kill` does: to the command alone."""
