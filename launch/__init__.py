@@ -8,8 +8,8 @@ __all__ = ["run"]
 
 def __getattr__(name: str) -> object:
     # Ray and torch take seconds to import; `rlhf-ray --help` needs neither.
-    if name == "run":
-        from launch.pipeline import run
+    if name in ("run", "run_checked"):
+        from launch import pipeline
 
-        return run
+        return getattr(pipeline, name)
     raise AttributeError(f"module 'launch' has no attribute {name!r}")

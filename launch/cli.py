@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
+from launch.interrupts import stopping_at_once
 from rlhf_ray import __version__
 from rlhf_ray.errors import ConfigError, Interrupted, UserError
 
@@ -194,8 +195,13 @@ def _load(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    config = _load(arguments, [*arguments.overrides, *(["resume=auto"] if arguments.resume else [])])
-    run = cast("Callable[[RunConfig], object]", importlib.import_module("launch").run)
+    with stopping_at_once():
+        config = _load(arguments, [*arguments.overrides, *(["resume=auto"] if arguments.resume else [])])
+        return _run(config)
+
+
+def _run(config: RunConfig) -> int:
+    run = cast("Callable[[RunConfig], object]", importlib.import_module("launch").run_checked)
     try:
         run(config)
     except (UserError, Interrupted):

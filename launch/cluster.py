@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import psutil
 import ray
 
+from launch.interrupts import sigterm_kept
 from rlhf_ray.config.schema import ClusterSection
 from rlhf_ray.errors import ResourceError
 
@@ -25,14 +26,25 @@ def cluster(section: ClusterSection) -> Iterator[None]:
 
     Raises:
         ResourceError: no cluster answers at `cluster.address`.
+        KeyboardInterrupt: SIGTERM while it was starting.
     """
     if ray.is_initialized():
         yield
         return
     # Ray would otherwise warn at every start about behaviour that does not concern us.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if section.address is None:
-        store = section.object_store_mib * MIB
+    try:
+        if section.address is None:
+            _start(section.object_store_mib * MIB)
+        else:
+            _join(section.address)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(store: int) -> None:
+    with sigterm_kept():
         ray.init(
             # Said, since Ray would otherwise join whatever runs here, or what RAY_ADDRESS names.
             address="local",
@@ -43,19 +55,14 @@ def cluster(section: ClusterSection) -> Iterator[None]:
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
-    else:
-        _join(section.address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _join(address: str) -> None:
     try:
         if address != "auto":
             _knock(address)
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        with sigterm_kept():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     # Ray ends the process when a cluster that it knows of does not answer.
     except (OSError, ValueError, RuntimeError, SystemExit) as error:
         reason = str(error).strip().splitlines()[0]

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from threading import Event
+from contextlib import ExitStack
 
 from rich.console import Console
 
 from launch.artefacts import Artefacts
 from launch.cluster import cluster
+from launch.interrupts import stopping_after_a_step
 from launch.stages import STAGE_RUNNERS
 from launch.stages.context import StageContext
 from rlhf_ray.config.checks import check_config
 from rlhf_ray.config.loading import dump_config
 from rlhf_ray.config.schema import RunConfig, StageName, turn_names
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, Interrupted
 from rlhf_ray.reporting.capture import capture_library_output
 from rlhf_ray.reporting.metrics_log import RunResult, load_run
-from rlhf_ray.reporting.progress import Progress, open_progress
+from rlhf_ray.reporting.progress import open_progress
 from rlhf_ray.reporting.run_folder import RunFolder, RunRecord
 from rlhf_ray.reporting.summary import render_run
 
@@ -37,12 +34,18 @@ def run(config: RunConfig, *, quiet: bool = False) -> RunResult:
     Raises:
         ConfigError: with every mistake that can be found before anything starts.
         UserError: a dataset, a model or the cluster is not as the configuration says.
-        Interrupted: Ctrl-C; the state is saved.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+        KeyboardInterrupt: one of them for the second time, or while Ray was starting.
         RlhfRayError: the run failed.
     """
     mistakes = check_config(config)
     if mistakes:
         raise ConfigError(*mistakes)
+    return run_checked(config, quiet=quiet)
+
+
+def run_checked(config: RunConfig, *, quiet: bool = False) -> RunResult:
+    """`run`, for a configuration of which `load_checked` has said that it has no mistake."""
     root = RunFolder(config.output_dir)
     is_pipeline = bool(config.pipeline)
     names = turn_names(config.stages)
@@ -53,7 +56,7 @@ def run(config: RunConfig, *, quiet: bool = False) -> RunResult:
         terminal = stack.enter_context(capture_library_output(root.logs / "driver.log"))
         progress = open_progress(names, terminal, quiet=quiet)
         stack.callback(progress.close)
-        interrupt = stack.enter_context(_interrupts(progress))
+        interrupt = stack.enter_context(stopping_after_a_step(progress.message))
         artefacts = Artefacts.at_start(config)
         folders = {name: root.stage(name) if is_pipeline else root for name in names}
         done = {name for name, folder in folders.items() if config.resume == "auto" and _is_done(folder)}
@@ -81,6 +84,8 @@ def run(config: RunConfig, *, quiet: bool = False) -> RunResult:
 def _run_stage(stage: StageName, context: StageContext) -> None:
     """Run the stage, or what is left of it."""
     config, folder = context.config, context.folder
+    if context.interrupt.is_set():
+        raise Interrupted(f"{context.name}: stopped before it began; go on with --resume")
     folder.begin(RunRecord(name=context.name, config=dump_config(config)), resume=config.resume == "auto")
     with folder.recording_outcome():
         metrics = STAGE_RUNNERS[stage](context)
@@ -92,24 +97,3 @@ def _run_stage(stage: StageName, context: StageContext) -> None:
 
 def _is_done(folder: RunFolder) -> bool:
     return folder.run_path.exists() and folder.read().status == "done"
-
-
-@contextmanager
-def _interrupts(progress: Progress) -> Iterator[Event]:
-    """The first Ctrl-C sets the event, and the loop saves after its step; the second stops at once."""
-    event = Event()
-
-    def on_signal(*_: object) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-        progress.message("Ctrl-C: stopping after this step and saving; press it again to stop at once")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # signals belong to the main thread; a notebook's worker thread goes without
-        return
-    earlier = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, earlier)

@@ -71,4 +71,4 @@ class CheckpointError(RlhfRayError):
 
 
 class Interrupted(RlhfRayError):
-    """The person pressed Ctrl-C; the run has saved what it had. Exit code 130."""
+    """The person pressed Ctrl-C, or SIGTERM came; the run has saved what it had. Exit code 130."""

@@ -46,6 +46,41 @@ class Running:
             assert time.monotonic() < deadline, f"not within {timeout} s: {self.out.read_text()}"
             time.sleep(0.02)
 
+    def wait_and_find_left(self, timeout: float) -> tuple[Finished, list[str]]:
+        """As `wait`, with the processes of the run that were still there shortly after it had ended."""
+        begun = self._alive()
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        # Ray's daemons end their workers, which takes them a moment.
+        _, left = psutil.wait_procs({*begun, *self._alive()}, timeout=20)
+        named = [str(process) for process in left]
+        for process in left:
+            process.kill()  # by `wait`, those that left the session would not be found again
+        return self.wait(timeout), named
+
+    def send(self, number: signal.Signals) -> None:
+        """As `kill` does: to the command alone."""
+        self.process.send_signal(number)
+
+    def handles(self, number: signal.Signals) -> bool:
+        """Whether the command has a handler for the signal by now."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+        return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+    def names(self) -> list[str]:
+        """Of all its processes."""
+        found = []
+        for process in self._alive():
+            try:
+                found.append(process.name())
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
     def press_ctrl_c(self) -> None:
         """As a terminal does: to every process of the group."""
         os.killpg(self.process.pid, signal.SIGINT)

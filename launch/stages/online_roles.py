@@ -19,10 +19,10 @@ from actors.roles import (
     RemoteReference,
     RemoteStreamingGenerator,
 )
-from launch.memory import frozen_memory, model_size
 from launch.placement import Placement, RoleDemand
 from launch.stages.context import StageContext
 from launch.stages.generation import build_engines, demand_engine, streams
+from launch.stages.reference import demand_reference, start_reference
 from launch.stages.rewards import RewardModels, build_scorer, demand_rewards
 from rlhf_ray.config.schema import ModelSection, OnlineSection, OptimizerSection
 from rlhf_ray.loops.online import OnlineRoles
@@ -46,9 +46,8 @@ def adapters_hold_reference(context: StageContext, models: OnlineModels) -> bool
 
 
 def demands(context: StageContext, models: OnlineModels) -> list[RoleDemand]:
-    placement, section = context.config.placement, context.config.online
+    section = context.config.online
     assert section is not None
-    size = model_size(models.policy)
     found = [
         context.demand_trained("policy", models.policy),
         *demand_rewards(context, models.policy, models.rewards),
@@ -57,8 +56,7 @@ def demands(context: StageContext, models: OnlineModels) -> list[RoleDemand]:
     if section.uses_critic:
         found.append(context.demand_trained("critic", models.policy))
     if section.uses_reference and not adapters_hold_reference(context, models):
-        memory = context.main_memory(frozen_memory(size))
-        found.append(RoleDemand("reference", placement.reference, memory))
+        found.append(demand_reference(context, models.reference))
     return found
 
 
@@ -95,7 +93,7 @@ class OnlineBuilder:
     def _reference(self, policy: ActorGroup) -> Reference:
         if adapters_hold_reference(self.context, self.models):
             return RemoteAdapterReference(policy)
-        return RemoteReference(self._frozen_reference())
+        return RemoteReference(start_reference(self.context, self.placement, self.models.reference))
 
     def _policy_and_engines(self) -> tuple[ActorGroup, Backend, ActorGroup]:
         config = self.context.config
@@ -147,19 +145,6 @@ class OnlineBuilder:
     def _critic_start(self) -> ModelSection:
         policy = self.models.policy
         return self.models.rewards.critic_start(policy) if self.section.critic_init == "reward" else policy
-
-    def _frozen_reference(self) -> ActorGroup:
-        group = self.placement.start("reference")
-        arguments = {
-            "model": self.models.reference,
-            "training": self.context.config.training,
-            "device": self.context.device(self.placement, "reference"),
-            "threads": self.placement.shares["reference"].threads,
-        }
-        group.build(
-            "rlhf_ray.workers.frozen:ReferenceWorker", [arguments], self.context.config.cluster.start_timeout
-        )
-        return group
 
     def _experience(self) -> ActorGroup:
         group = self.placement.start_helper("experience")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from actors.roles import RemotePreferenceReference, RemotePreferenceTrainer
-from launch.memory import frozen_memory, model_size
-from launch.placement import Placement, RoleDemand
 from launch.stages.context import StageContext
 from launch.stages.pairs import pairs_dataset, split
+from launch.stages.reference import demand_reference, start_reference
 from rlhf_ray.algorithms.preference_optimisation import PREFERENCE_ALGORITHMS, UnpairedAlgorithm
 from rlhf_ray.config.preference_checks import soft_label_mistake, soft_rows
 from rlhf_ray.config.schema import ModelSection, PreferenceSection
@@ -39,7 +38,7 @@ from rlhf_ray.loops.supervised import (
     pair_tokens,
     total_steps,
 )
-from rlhf_ray.roles import Done
+from rlhf_ray.roles import Done, Pending, Referenced
 from rlhf_ray.types import LabelledAnswers, Metrics, ReferencedPairs
 
 Answers = ReferencedPairs | LabelledAnswers
@@ -66,7 +65,7 @@ def run_preference(context: StageContext) -> Metrics:
     steps = total_steps(len(data.train), section.batch_size, section.num_epochs, section.max_steps)
     demands = [context.demand_trained("policy", model)]
     if reference is not None:
-        demands.append(_demand_reference(context, reference))
+        demands.append(demand_reference(context, reference))
     with context.placement(demands) as placement, context.stage_run(placement) as run:
         group = placement.start("policy")
         context.build_trained(
@@ -78,7 +77,9 @@ def run_preference(context: StageContext) -> Metrics:
             model=model,
             section=section,
         )
-        frozen = None if reference is None else _start_reference(context, placement, reference)
+        frozen = None
+        if reference is not None:
+            frozen = RemotePreferenceReference(start_reference(context, placement, reference))
         placement.wait_until_built()
         trainer = RemotePreferenceTrainer(group)
         _loop(section, data, steps, trainer, frozen, run)()
@@ -103,29 +104,26 @@ def _loop(
             return evaluate_labelled(trainer, held_out)
         return evaluate_pairs(trainer, held_out)
 
-    if isinstance(data.train, LabelledAnswers):
+    def loop(
+        rows: Referenced,
+        train: Callable[[Pending[Referenced]], Pending[Metrics]],
+        num_tokens: Callable[[Referenced], int],
+    ) -> SupervisedLoop[Referenced]:
         return SupervisedLoop(
-            rows=data.train,
+            rows=rows,
             batch_size=section.batch_size,
             total_steps=steps,
             eval_every=section.eval_every,
             model=trainer,
-            train=learner.train_answers,
+            train=train,
             evaluate=evaluate,
-            num_tokens=labelled_tokens,
+            num_tokens=num_tokens,
             run=run,
         )
-    return SupervisedLoop(
-        rows=data.train,
-        batch_size=section.batch_size,
-        total_steps=steps,
-        eval_every=section.eval_every,
-        model=trainer,
-        train=learner.train_pairs,
-        evaluate=evaluate,
-        num_tokens=pair_tokens,
-        run=run,
-    )
+
+    if isinstance(data.train, LabelledAnswers):
+        return loop(data.train, learner.train_answers, labelled_tokens)
+    return loop(data.train, learner.train_pairs, pair_tokens)
 
 
 # The reference
@@ -141,8 +139,8 @@ def _answered_before(context: StageContext, model: ModelSection, data: Preferenc
     if train is None or held_out is None:
         count = len(data.train) + len(data.held_out)
         context.progress.message(f"{context.name}: the reference reads {count} rows before the first step")
-        with context.placement([_demand_reference(context, model)]) as placement:
-            reference = _start_reference(context, placement, model)
+        with context.placement([demand_reference(context, model)]) as placement:
+            reference = RemotePreferenceReference(start_reference(context, placement, model))
             placement.wait_until_built()
             train, held_out = (cache.fill(rows, reference) for rows in (data.train, data.held_out))
     return PreferenceData(train, held_out)
@@ -152,26 +150,6 @@ def _identity(model: ModelSection) -> str:
     """Changes when the weights in the model's folder are written again."""
     files = sorted(path for path in Path(model.path).iterdir() if path.is_file())
     return "\n".join([model.path, *(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)])
-
-
-def _demand_reference(context: StageContext, model: ModelSection) -> RoleDemand:
-    memory = context.main_memory(frozen_memory(model_size(model)))
-    return RoleDemand("reference", context.config.placement.reference, memory)
-
-
-def _start_reference(
-    context: StageContext, placement: Placement, model: ModelSection
-) -> RemotePreferenceReference:
-    group = placement.start("reference")
-    arguments = {
-        "model": model,
-        "training": context.config.training,
-        "device": context.device(placement, "reference"),
-        "threads": placement.shares["reference"].threads,
-    }
-    factory = "rlhf_ray.workers.frozen:ReferenceWorker"
-    group.build(factory, [arguments], context.config.cluster.start_timeout)
-    return RemotePreferenceReference(group)
 
 
 # Data

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from rlhf_ray.data.chat import ChatFormatter
+from rlhf_ray.data.conversations import Turns
 from rlhf_ray.data.formats import PreferenceExample, PromptExample, SFTExample
 from rlhf_ray.data.skipped import Skipped
 from rlhf_ray.errors import DataError
 from rlhf_ray.types import PairBatch, Prompts, Ragged, SFTBatch
+
+
+class _Prompted(Protocol):
+    @property
+    def id(self) -> int: ...
+    @property
+    def messages(self) -> Turns: ...
+
+
+ExampleT = TypeVar("ExampleT", bound=_Prompted)
 
 
 class Report:
@@ -29,6 +41,29 @@ class Report:
 
     def skip(self, position: int, reason: str) -> None:
         self.reasons.setdefault(reason, []).append(position)
+
+    def with_prompts(
+        self, examples: Iterable[ExampleT], formatter: ChatFormatter
+    ) -> Iterator[tuple[ExampleT, list[int]]]:
+        """Each example with the tokens of its prompt; where the template refuses it, the row is skipped."""
+        for example in examples:
+            try:
+                ids = formatter.prompt_ids(example.messages)
+            except DataError as error:
+                self.skip(example.id, str(error))
+                continue
+            yield example, ids
+
+    def admits(self, position: int, length: int, too_long: str) -> bool:
+        """Whether a sequence of that many tokens fits; where it does not, the row is skipped.
+
+        Args:
+            too_long: the reason, up to "than" the limit.
+        """
+        fits = self.measure(length)
+        if not fits:
+            self.skip(position, f"{too_long} than {self.limit_name}")
+        return fits
 
     def finish(self, num_left: int) -> Skipped:
         """Raises DataError: nothing is left."""
@@ -92,16 +127,10 @@ def encode_pairs(
     soft_labels: list[float] = []
     chosen: list[list[int]] = []
     rejected: list[list[int]] = []
-    for example in examples:
-        try:
-            prompt = formatter.prompt_ids(example.messages)
-        except DataError as error:
-            report.skip(example.id, str(error))
-            continue
+    for example, prompt in report.with_prompts(examples, formatter):
         better = prompt + formatter.completion_ids(example.chosen)
         worse = prompt + formatter.completion_ids(example.rejected)
-        if not report.measure(max(len(better), len(worse))):
-            report.skip(example.id, "prompt and answer are longer than max_length")
+        if not report.admits(example.id, max(len(better), len(worse)), "prompt and answer are longer"):
             continue
         lengths.append(len(prompt))
         margins.append(example.margin)
@@ -130,14 +159,8 @@ def encode_prompts(
     report = Report("max_prompt_length", max_prompt_length)
     kept: list[PromptExample] = []
     tokens: list[list[int]] = []
-    for example in examples:
-        try:
-            ids = formatter.prompt_ids(example.messages)
-        except DataError as error:
-            report.skip(example.id, str(error))
-            continue
-        if not report.measure(len(ids)):
-            report.skip(example.id, "the prompt is longer than max_prompt_length")
+    for example, ids in report.with_prompts(examples, formatter):
+        if not report.admits(example.id, len(ids), "the prompt is longer"):
             continue
         kept.append(example)
         tokens.append(ids)

@@ -11,7 +11,6 @@ from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.encoding import Report
 from rlhf_ray.data.formats import LabelledExample
 from rlhf_ray.data.skipped import Skipped
-from rlhf_ray.errors import DataError
 from rlhf_ray.types import LabelledAnswers, PairBatch, Ragged
 
 
@@ -27,15 +26,9 @@ def encode_labelled(
     lengths: list[int] = []
     labels: list[bool] = []
     answers: list[list[int]] = []
-    for example in examples:
-        try:
-            prompt = formatter.prompt_ids(example.messages)
-        except DataError as error:
-            report.skip(example.id, str(error))
-            continue
+    for example, prompt in report.with_prompts(examples, formatter):
         ids = prompt + formatter.completion_ids(example.completion)
-        if not report.measure(len(ids)):
-            report.skip(example.id, "prompt and answer are longer than max_length")
+        if not report.admits(example.id, len(ids), "prompt and answer are longer"):
             continue
         lengths.append(len(prompt))
         labels.append(example.is_desirable)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from rlhf_ray.errors import ConfigError, EnvironmentFailure
+from rlhf_ray.import_paths import import_named
 from rlhf_ray.types import Message
 
 METHODS = ("reset", "step")
@@ -73,16 +73,7 @@ def import_environment(path: str) -> type[Environment]:
     Raises:
         ConfigError: `path` is not `module:Class`, there is no such class, or it lacks a method.
     """
-    module_name, separator, name = path.partition(":")
-    if not separator:
-        raise ConfigError(f"class_path={path}: write it as module:Class")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"class_path={path}: cannot import {module_name} ({error})") from error
-    found = getattr(module, name, None)
-    if not inspect.isclass(found):
-        raise ConfigError(f"class_path={path}: {module_name} has no class {name}")
+    found = import_named(path, "class_path", "class", inspect.isclass, form="module:Class")
     missing = [method for method in METHODS if not callable(getattr(found, method, None))]
     if missing:
         raise ConfigError(f"class_path={path}: has no method {' and no '.join(missing)}")

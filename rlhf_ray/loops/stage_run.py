@@ -51,7 +51,12 @@ class StageRun:
     _step_began: float = field(default_factory=time.monotonic)
 
     def begin(self, start: int, total_steps: int) -> None:
-        """The loop is about to run step `start` of `total_steps`."""
+        """The loop is about to run step `start` of `total_steps`.
+
+        Raises:
+            Interrupted: the person asked to stop while the roles started.
+        """
+        self.stop_if_asked(start)
         total_steps += self.first_step
         self.progress.stage(self.name, total_steps)
         self._log = self.open_log(self.first_step + start)
@@ -104,9 +109,9 @@ class StageRun:
             Interrupted: the person asked to stop.
         """
         if self.interrupt.is_set():
-            raise Interrupted(
-                f"{self.name}: stopped after step {self.first_step + done}, saved; go on with --resume"
-            )
+            done += self.first_step
+            where = f"after step {done}, saved" if done else "before its first step"
+            raise Interrupted(f"{self.name}: stopped {where}; go on with --resume")
 
     def close(self) -> None:
         if self._log is not None:

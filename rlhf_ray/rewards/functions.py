@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib
 import inspect
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.errors import ConfigError, RewardError
+from rlhf_ray.errors import RewardError
+from rlhf_ray.import_paths import import_named
 from rlhf_ray.rewards.source import Samples, Values, as_lists, checked
 from rlhf_ray.types import Message
 
@@ -28,17 +29,7 @@ def import_function(path: str) -> TextFunction:
     Raises:
         ConfigError: `path` is not `module:name`, or there is no such thing.
     """
-    module_name, separator, name = path.partition(":")
-    if not separator:
-        raise ConfigError(f"function={path}: write it as module:name")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"function={path}: cannot import {module_name} ({error})") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(f"function={path}: {module_name} has no function {name}")
-    return function
+    return cast(TextFunction, import_named(path, "function", "function", callable))
 
 
 class RewardFunction:

@@ -52,7 +52,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """What `train` was asked to run, instead of running it."""
     asked: list[RunConfig] = []
-    monkeypatch.setitem(vars(launch), "run", asked.append)
+    monkeypatch.setitem(vars(launch), "run_checked", asked.append)
     return asked
 
 
@@ -60,7 +60,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def run(config: RunConfig) -> None:
         raise error
 
-    monkeypatch.setitem(vars(launch), "run", run)
+    monkeypatch.setitem(vars(launch), "run_checked", run)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"], ["trian"], []])
