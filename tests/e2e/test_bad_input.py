@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from launch import run
 from launch.cli import main
+from rlhf_ray import load_config
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting.run_folder import RunFolder
 from tests.command_line import ROOT, CommandLine
 from tests.e2e.runs import contents
@@ -89,6 +92,15 @@ def test_every_mistake_is_said_at_once(here: Path, capfd: pytest.CaptureFixture[
     assert err.startswith("3 mistakes\n")
     for words in ("empty.jsonl", "no-tokenizer", "num_step"):
         assert words in err
+
+
+def test_python_is_told_before_anything_starts(here: Path) -> None:
+    config = load_config(
+        "online.yaml", [f"online.dataset.path={here}/nowhere.jsonl", f"output_dir={here}/run"]
+    )
+    with pytest.raises(ConfigError, match=r"online\.dataset\.path=.*: no such file"):
+        run(config, quiet=True)
+    assert not (here / "run").exists()
 
 
 def test_another_run_is_not_overwritten(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
