@@ -18,12 +18,21 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
     """Both raise KeyboardInterrupt: there is nothing to save yet."""
+    is_stopping = False
 
     def on_signal(*_: object) -> None:
+        nonlocal is_stopping
+        is_stopping = True
         raise KeyboardInterrupt
 
     with _handled_by(on_signal):
-        yield
+        try:
+            yield
+        except BaseException:
+            if is_stopping:
+                # Native code that is being imported makes an error of its own of it.
+                raise KeyboardInterrupt from None
+            raise
 
 
 @contextmanager

@@ -89,9 +89,12 @@ def test_before_the_first_step_nothing_is_left(
     running.send(signal.SIGTERM)
     finished, left = running.wait_and_find_left(timeout=60)
     assert finished.code == 130, finished.err
-    assert finished.err in (
-        "rlhf-ray: interrupted\n",
-        "rlhf-ray: sft: stopped before it began; go on with --resume\n",
-        "rlhf-ray: sft: stopped before its first step; go on with --resume\n",
+    # Native code whose import is interrupted may have complained before.
+    assert finished.err.endswith(
+        (
+            "rlhf-ray: interrupted\n",
+            "rlhf-ray: sft: stopped before it began; go on with --resume\n",
+            "rlhf-ray: sft: stopped before its first step; go on with --resume\n",
+        )
     )
     assert left == []

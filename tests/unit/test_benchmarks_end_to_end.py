@@ -278,6 +278,6 @@ def test_plain_logprobs(model: Path) -> None:
     sequences = Ragged.from_rows([answer.prompt + answer.tokens for answer in answers], np.int32)
     is_source = before_responses(np.array([len(answer.prompt) for answer in answers]), sequences)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        batch = collate(sequences, is_source, packing=False, device=torch.device("cpu"))
+        batch = collate(sequences, is_source, "padded", torch.device("cpu"))
         expected = PolicyModel(policy, 512)(batch, temperature=0.7).logprobs
     torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-4)

@@ -36,6 +36,16 @@ def test_before_a_run_a_signal_stops_at_once(number: signal.Signals) -> None:
         pytest.fail("goes on")
 
 
+def test_an_import_that_a_signal_breaks_is_a_stop_too() -> None:
+    with pytest.raises(KeyboardInterrupt), stopping_at_once():
+        try:
+            send(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError("datetime") from None
+    with pytest.raises(ImportError), stopping_at_once():
+        raise ImportError("datetime")
+
+
 @pytest.mark.parametrize(
     ("first", "said"),
     [
