@@ -44,7 +44,9 @@ STOPS: dict[str, Callable[[Running], None]] = {
 }
 
 
-@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize(
+    "stop", ["Ctrl-C", pytest.param("Ctrl-C-of-kill", marks=pytest.mark.slow), "SIGTERM"]
+)
 def test_a_step_is_finished_and_saved(rlhf_ray: CommandLine, config: str, stop: str) -> None:
     folder = rlhf_ray.folder / "runs" / f"stopped-by-{stop}"
     with ignored(signal.SIGINT):
@@ -79,7 +81,10 @@ def has_daemons(running: Running, folder: Path) -> bool:
     return any("gcs_server" in name for name in running.names())
 
 
-@pytest.mark.parametrize("moment", [has_handler, has_begun, has_daemons])
+@pytest.mark.parametrize(
+    "moment",
+    [has_handler, pytest.param(has_begun, marks=pytest.mark.slow), has_daemons],
+)
 def test_before_the_first_step_nothing_is_left(
     rlhf_ray: CommandLine, config: str, moment: Callable[[Running, Path], bool]
 ) -> None:
