@@ -52,6 +52,7 @@ def test_weights_change_while_the_engine_answers(
     assert max(float(row["lag/max"]) for row in rows) == 1.0
 
 
+@pytest.mark.slow
 def test_an_engine_that_takes_batches_is_one_ahead(rlhf_ray: CommandLine, online_run: Path) -> None:
     run, rows = run_ahead(rlhf_ray, "lag-batches", "engine.backend=transformers")
     assert_synced(rows)
