@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.drawing import drawn
 from benchmarks.measure import train_run, write_json
 
 RANDOM = "random"
@@ -73,21 +74,14 @@ def measure(name: str, folder: Path, overrides: Sequence[str]) -> Curve:
 
 
 def plot(curves: Sequence[Curve], path: Path) -> None:
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4.2))
-    for curve in curves:
-        style = "k--o" if curve.name == RANDOM else "-o"
-        axis.plot(curve.samples, curve.accuracy, style, label=curve.name, ms=4)
-    axis.set(xlabel="answers trained on", ylabel="right answers to unseen questions", ylim=(0, 1))
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with drawn(path, (7, 4.2)) as (axis,):
+        for curve in curves:
+            style = "k--o" if curve.name == RANDOM else "-o"
+            axis.plot(curve.samples, curve.accuracy, style, label=curve.name, ms=4)
+        axis.set(xlabel="answers trained on", ylabel="right answers to unseen questions", ylim=(0, 1))
+        axis.grid(alpha=0.3)
+        axis.legend()
 
 
 def table_of(curves: Sequence[Curve]) -> Table:

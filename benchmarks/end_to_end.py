@@ -36,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.drawing import drawn
 from benchmarks.measure import GIB
 from benchmarks.paired import Goal, Options, Result, run_claim, single
 from benchmarks.peers.arms import OURS, WARMUP, ArmRun, endless_model, run_arm
@@ -212,40 +213,34 @@ def num_steps(case: Case, options: Options) -> int:
 
 def plot(results: Sequence[Result], path: Path) -> None:
     """Where the time of a step goes, and the reward over wall time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     speeds = {str(r.notes["case"]): r.notes for r in results if "split" in r.notes}
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.4), width_ratios=[1.4, 1])
-    labels = []
-    for group, (case, notes) in enumerate(speeds.items()):
-        split = notes["split"]
-        assert isinstance(split, dict)
-        for place, arm in enumerate(ARMS):
-            bottom, x = 0.0, group * (len(ARMS) + 1) + place
-            labels.append((x, f"{arm}\n{case}" if place == 1 else arm))
-            for part, colour in (("generate", "tab:blue"), ("train", "tab:orange"), ("rest", "0.6")):
-                label = part if not group and not place else None
-                left.bar(x, split[arm][part], bottom=bottom, color=colour, width=0.8, label=label)
-                bottom += split[arm][part]
-    left.set_xticks([x for x, _ in labels], [label for _, label in labels])
-    left.set(ylabel="seconds a step (median)")
-    left.legend()
-    for notes in speeds.values():
-        curves = notes["curves"]
-        assert isinstance(curves, dict)
-        for arm, colour in zip(ARMS, ("tab:green", "tab:red", "tab:blue"), strict=True):
-            for number, curve in enumerate(curves.get(arm, [])):
-                right.plot(*zip(*curve, strict=True), "-o", ms=3, color=colour, label=None if number else arm)
-    right.set(xlabel="seconds since the first step began", ylabel="mean reward of a step's answers")
-    right.grid(alpha=0.3)
-    right.legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with drawn(path, (12, 4.4), widths=(1.4, 1)) as (left, right):
+        labels = []
+        for group, (case, notes) in enumerate(speeds.items()):
+            split = notes["split"]
+            assert isinstance(split, dict)
+            for place, arm in enumerate(ARMS):
+                bottom, x = 0.0, group * (len(ARMS) + 1) + place
+                labels.append((x, f"{arm}\n{case}" if place == 1 else arm))
+                for part, colour in (("generate", "tab:blue"), ("train", "tab:orange"), ("rest", "0.6")):
+                    label = part if not group and not place else None
+                    left.bar(x, split[arm][part], bottom=bottom, color=colour, width=0.8, label=label)
+                    bottom += split[arm][part]
+        left.set_xticks([x for x, _ in labels], [label for _, label in labels])
+        left.set(ylabel="seconds a step (median)")
+        left.legend()
+        for notes in speeds.values():
+            curves = notes["curves"]
+            assert isinstance(curves, dict)
+            for arm, colour in zip(ARMS, ("tab:green", "tab:red", "tab:blue"), strict=True):
+                for number, curve in enumerate(curves.get(arm, [])):
+                    right.plot(
+                        *zip(*curve, strict=True), "-o", ms=3, color=colour, label=None if number else arm
+                    )
+        right.set(xlabel="seconds since the first step began", ylabel="mean reward of a step's answers")
+        right.grid(alpha=0.3)
+        right.legend()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

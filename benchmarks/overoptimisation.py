@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.drawing import drawn
 from benchmarks.measure import train_run, write_json
 
 SAMPLES = 64
@@ -109,26 +110,19 @@ def best_of_curve(start: Path, folder: Path, overrides: Sequence[str]) -> Curve:
 
 
 def plot(curves: Sequence[Curve], path: Path) -> None:
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharex=True)
-    for curve in curves:
-        style = "k--o" if curve.name == "best of n" else "-o"
-        kl = [point.kl for point in curve.points]
-        for axis, name in zip(axes, ("gold", "proxy"), strict=True):
-            axis.plot(kl, [getattr(point, name) for point in curve.points], style, label=curve.name, ms=4)
-    for axis, title in zip(
-        axes, ("gold reward (what people want)", "proxy reward (trained on)"), strict=True
-    ):
-        axis.set(title=title, xlabel="KL to the SFT model, nats an answer")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with drawn(path, (11, 4.2), widths=(1, 1), sharex=True) as axes:
+        for curve in curves:
+            style = "k--o" if curve.name == "best of n" else "-o"
+            kl = [point.kl for point in curve.points]
+            for axis, name in zip(axes, ("gold", "proxy"), strict=True):
+                axis.plot(kl, [getattr(point, name) for point in curve.points], style, label=curve.name, ms=4)
+        for axis, title in zip(
+            axes, ("gold reward (what people want)", "proxy reward (trained on)"), strict=True
+        ):
+            axis.set(title=title, xlabel="KL to the SFT model, nats an answer")
+            axis.grid(alpha=0.3)
+        axes[0].legend(fontsize=8)
 
 
 def table_of(curves: Sequence[Curve]) -> Table:

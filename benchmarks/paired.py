@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.drawing import drawn
 from benchmarks.measure import environment
 
 STEADY = (0.97, 1.03)
@@ -275,23 +276,15 @@ def table_of(results: Sequence[Result]) -> Table:
 
 def plot_pairs(results: Sequence[Result], path: Path) -> None:
     """The ratios of every comparison, with the interval of their median and the goal."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     compared = [result for result in results if result.baseline]
-    figure, axis = pyplot.subplots(figsize=(7, 1 + 0.5 * max(1, len(compared))))
-    for row, result in enumerate(compared):
-        axis.plot(result.figures, [row] * len(result.figures), "o", color="tab:blue", alpha=0.4, ms=4)
-        axis.plot(result.interval, [row, row], "-", color="tab:blue", lw=3)
-        if result.goal is not None:
-            axis.plot([result.goal.limit], [row], "|", color="tab:red", ms=16, mew=2)
-    axis.set_yticks(range(len(compared)), [f"{r.claim} {r.case}".strip() for r in compared])
-    axis.axvline(1, color="0.6", lw=1)
-    axis.set(xlabel="ours / baseline; red: the goal")
-    axis.invert_yaxis()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with drawn(path, (7, 1 + 0.5 * max(1, len(compared)))) as (axis,):
+        for row, result in enumerate(compared):
+            axis.plot(result.figures, [row] * len(result.figures), "o", color="tab:blue", alpha=0.4, ms=4)
+            axis.plot(result.interval, [row, row], "-", color="tab:blue", lw=3)
+            if result.goal is not None:
+                axis.plot([result.goal.limit], [row], "|", color="tab:red", ms=16, mew=2)
+        axis.set_yticks(range(len(compared)), [f"{r.claim} {r.case}".strip() for r in compared])
+        axis.axvline(1, color="0.6", lw=1)
+        axis.set(xlabel="ours / baseline; red: the goal")
+        axis.invert_yaxis()

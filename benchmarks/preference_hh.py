@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.drawing import drawn
 from benchmarks.measure import seeds_parser, train_run, write_json
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.reporting.run_folder import RunFolder
@@ -125,25 +126,18 @@ def by_name(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
 
 
 def plot(curves: Sequence[Curve], path: Path) -> None:
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4.2))
-    for number, (name, own) in enumerate(by_name(curves).items()):
-        colour = f"C{number}"
-        for curve in own:
-            axis.plot(curve.pairs, curve.accuracy, color=colour, alpha=0.25, lw=1)
-        axis.plot(*mean_curve(own), "-o", color=colour, label=name, ms=4)
-    rule, accuracy = length_rule(curves)
-    axis.axhline(accuracy, color="k", ls="--", lw=1, label=rule)
-    axis.set(xlabel="pairs trained on", ylabel="right about held-out pairs")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with drawn(path, (7, 4.2)) as (axis,):
+        for number, (name, own) in enumerate(by_name(curves).items()):
+            colour = f"C{number}"
+            for curve in own:
+                axis.plot(curve.pairs, curve.accuracy, color=colour, alpha=0.25, lw=1)
+            axis.plot(*mean_curve(own), "-o", color=colour, label=name, ms=4)
+        rule, accuracy = length_rule(curves)
+        axis.axhline(accuracy, color="k", ls="--", lw=1, label=rule)
+        axis.set(xlabel="pairs trained on", ylabel="right about held-out pairs")
+        axis.grid(alpha=0.3)
+        axis.legend()
 
 
 def table_of(curves: Sequence[Curve]) -> Table:

@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.drawing import drawn
 from benchmarks.generation import (
     SYSTEMS,
     Answers,
@@ -252,31 +253,23 @@ def table_of(points: Sequence[Point]) -> Table:
 
 def plot(points: Sequence[Point], path: Path) -> None:
     """Throughput against concurrency, a line for each system, deployment and length."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7.5, 4.5))
-    for (system, deployment, length), line in itertools.groupby(
-        points, key=lambda point: (point.system, point.deployment, point.length)
-    ):
-        own = sorted(line, key=lambda point: point.concurrency)
-        axis.plot(
-            [point.concurrency for point in own],
-            [point.throughput for point in own],
-            {OURS: "-o", "vllm": "--s", HUGGING_FACE: ":^"}[system],
-            label=f"{system}, {deployment}, {length:g} tokens",
-            ms=4,
-        )
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="requests at once", ylabel="tokens a second", ylim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with drawn(path, (7.5, 4.5)) as (axis,):
+        for (system, deployment, length), line in itertools.groupby(
+            points, key=lambda point: (point.system, point.deployment, point.length)
+        ):
+            own = sorted(line, key=lambda point: point.concurrency)
+            axis.plot(
+                [point.concurrency for point in own],
+                [point.throughput for point in own],
+                {OURS: "-o", "vllm": "--s", HUGGING_FACE: ":^"}[system],
+                label=f"{system}, {deployment}, {length:g} tokens",
+                ms=4,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="requests at once", ylabel="tokens a second", ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
 
 
 def positive(text: str) -> int:
