@@ -11,6 +11,7 @@ falls short of 1 by what the machinery costs.
 from __future__ import annotations
 
 import heapq
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -208,9 +209,10 @@ def _build(group: ActorGroup, worker: str, **arguments: object) -> None:
 
 
 def measure(options: Options) -> list[Result]:
-    quick = {"num_steps": 4, "answer": 0.1, "train": 0.3, "sync": 0.02}
     sizes = (2,) if options.quick else (8, 64)
-    cases = [Case(size, lag, **(quick if options.quick else {})) for size in sizes for lag in (0, 1, 2)]
+    cases = [Case(size, lag) for size in sizes for lag in (0, 1, 2)]
+    if options.quick:
+        cases = [replace(case, num_steps=4, answer=0.1, train=0.3, sync=0.02) for case in cases]
     results = []
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray_folder:
         ray.init(
@@ -220,7 +222,7 @@ def measure(options: Options) -> list[Result]:
             _temp_dir=ray_folder,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
         try:
             results = [_result(case, options) for case in cases]

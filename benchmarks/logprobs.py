@@ -13,7 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,7 +175,8 @@ def model_passes(options: Options) -> dict[Arm, Callable[[], object]]:
     """A forward and backward of the model on a micro-batch, with the log-prob of every token but the
     first."""
     device = _device()
-    model = load_policy_model(model_of(options)).to(device)
+    model = load_policy_model(model_of(options))
+    torch.nn.Module.to(model, device)  # transformers' own `to` is typed without devices
     mixed = precision_of(options) == "mixed"
     rows = rollouts_of(lengths_of(options)[:16], model.config.vocab_size).sequences
     batch = collate(rows, before_responses(np.ones(len(rows), dtype=np.int64), rows), "padded", device)
@@ -191,7 +192,8 @@ def model_passes(options: Options) -> dict[Arm, Callable[[], object]]:
             else:
                 logprobs = policy(batch).logprobs
         logprobs.mean().backward()
-        return logprobs.detach(), model.get_input_embeddings().weight.grad
+        embedding = model.get_input_embeddings().get_parameter("weight")
+        return logprobs.detach(), embedding.grad
 
     assert_alike(run(full=False), run(full=True), mixed)
     return {"ours": lambda: run(full=False), "baseline": lambda: run(full=True)}
@@ -206,7 +208,7 @@ def _memory(options: Options, spec: Head, case: str) -> Result:
     return Result("logprobs", case, "MiB", ours, baseline, figures, SMALLER, notes=notes)
 
 
-def _time(options: Options, runs: dict[Arm, Callable[[], object]], case: str) -> Result:
+def _time(options: Options, runs: Mapping[Arm, Callable[[], object]], case: str) -> Result:
     return compare(
         "logprobs",
         seconds_of(runs["ours"]),

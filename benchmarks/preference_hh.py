@@ -152,8 +152,8 @@ def table_of(curves: Sequence[Curve]) -> Table:
         spread = f" ± {np.std(last, ddof=1):.1%}" if len(last) > 1 else ""
         table.add_row(name, "mean", "", "", "", f"{np.mean(last):.1%}{spread}")
         table.add_section()
-    rule, accuracy = length_rule(curves)
-    table.add_row(rule, "mean", "", "", "", f"{accuracy:.1%}")
+    rule, correct = length_rule(curves)
+    table.add_row(rule, "mean", "", "", "", f"{correct:.1%}")
     return table
 
 

@@ -39,7 +39,7 @@ class Transfer:
         if backend == "gloo":
             self._group = dist.ProcessGroupGloo(store, rank, 2, TIMEOUT)
         else:
-            self._group = dist.ProcessGroupNCCL(store, rank, 2)
+            self._group = dist.ProcessGroupNCCL(store, rank, 2, dist.ProcessGroupNCCL.Options())
 
     def broadcast(self, flat: torch.Tensor) -> None:
         if self._group is not None:

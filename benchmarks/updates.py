@@ -141,7 +141,7 @@ def rl_batch(rollouts: Rollouts, old_logprobs: Ragged) -> RLBatch:
     responses = rollouts.responses
     per_answer = generator.standard_normal(len(responses)).astype(np.float32)
     noise = 0.15 * generator.standard_normal(len(responses.values)).astype(np.float32)
-    old = old_logprobs.with_values(old_logprobs.values + noise)
+    old = old_logprobs.with_values(old_logprobs.values.astype(np.float32) + noise)
     zeros = old.with_values(np.zeros_like(old.values))
     return RLBatch(
         prompt_ids=rollouts.prompt_ids,
