@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -35,11 +36,12 @@ def add_config(command: argparse.ArgumentParser) -> None:
     )
 
 
-def load(arguments: argparse.Namespace, *more: str) -> RunConfig:
+def load(arguments: argparse.Namespace, *more: str, elsewhere: Sequence[Path] = ()) -> RunConfig:
     """The configuration that the words name, checked.
 
     Args:
         more: overrides that an option stands for.
+        elsewhere: folders that the run will see, and this machine need not.
 
     Raises:
         ConfigError: every mistake, one sentence each.
@@ -49,7 +51,7 @@ def load(arguments: argparse.Namespace, *more: str) -> RunConfig:
     # Reward functions lie beside the configuration; an installed script does not look there by itself.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    return load_checked(arguments.config, [*arguments.overrides, *more])
+    return load_checked(arguments.config, [*arguments.overrides, *more], elsewhere)
 
 
 def positive(text: str) -> int:
