@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from launch.manifests.nodes import Nodes
     from rlhf_ray.config.schema import RunConfig
 
-MOUNT_PATH = "/mnt/rlhf-ray"
+MOUNT_PATH = "/shared"
 OPTIONS = {
     "kuberay": {"image", "volume_claim", "mount_path", "secret", "max_retries"},
     "raycluster": {"image", "volume_claim", "mount_path", "secret"},
@@ -94,7 +93,8 @@ def _cluster(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None:
             raise UserError(f"cluster {kind} has no use for --{name.replace('_', '-')}")
     volumes = [Path(arguments.mount_path or MOUNT_PATH)] if kind in ("kuberay", "raycluster") else []
-    config = load(arguments, elsewhere=volumes)
+    # Whether the run's folder is free is not to be seen here.
+    config = load(arguments, "resume=auto", elsewhere=volumes)
 
     from launch.manifests.nodes import size
 
@@ -125,7 +125,13 @@ def _kuberay(arguments: argparse.Namespace, config: RunConfig, nodes: Nodes) -> 
             "cluster kuberay: what a run writes is lost with its pods; name a volume with --volume-claim"
         )
     _refuse_local_files(config, pods.mount)
-    extra = [f"output_dir={os.path.join(pods.mount, config.output_dir)}"]
+    output_dir = Path(pods.mount) / config.output_dir
+    if not output_dir.is_relative_to(pods.mount):
+        raise UserError(
+            f"output_dir={config.output_dir}: is lost with its pod; choose one below {pods.mount}, where the "
+            "volume is, or name another --mount-path"
+        )
+    extra = [f"output_dir={output_dir}"]
     retries = arguments.max_retries or 0
     if retries:
         extra.append("resume=auto")  # every retry runs the same command

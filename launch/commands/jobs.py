@@ -91,8 +91,11 @@ def follow_job(client: Jobs, address: str, job_id: str) -> int:
 
 
 def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has left: `… | head`
+        raise KeyboardInterrupt from None
 
 
 def _listing(jobs: list[JobDetails]) -> str:

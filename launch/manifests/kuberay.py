@@ -1,7 +1,7 @@
 """Kubernetes objects for the KubeRay operator: a RayJob with its cluster, or a RayCluster to submit to.
 
 The fields are those of KubeRay's API reference, https://docs.ray.io/en/latest/cluster/kubernetes/references/api.html
-(`authOptions` since KubeRay 1.5).
+(`authOptions` since KubeRay 1.6).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Pods:
     image: str
     ray_version: str
     claim: str | None = None
-    mount: str = "/mnt/rlhf-ray"
+    mount: str = "/shared"
     secret: str | None = None
 
 

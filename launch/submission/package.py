@@ -12,8 +12,9 @@ from pathlib import Path
 from rlhf_ray.errors import UserError
 
 MIB = 1 << 20
-PACKAGE_LIMIT = 200 * MIB
-"""Bytes before compression. The head node keeps a package in memory, and every node unpacks it."""
+PACKAGE_LIMIT = 90 * MIB
+"""Bytes before compression. Ray's dashboard takes 100 MiB; the head node keeps a package in memory, and every
+node unpacks it."""
 
 LEFT_OUT = {
     ".git",

@@ -9,6 +9,7 @@ import signal
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from rlhf_ray.reporting.metrics_log import read_metrics
 from rlhf_ray.reporting.run_folder import RunFolder
 from tests.command_line import CommandLine, Finished, Running
+from tests.cut_proxy import cut_proxy
 from tests.e2e.runs import EXACT, PREAMBLE, Tree, write_config
 from tests.ray_heads import RayHead, ray_head
 from tests.tiny import tiny_model_folder
@@ -81,17 +83,21 @@ class Client:
 
     def start(self, *words: str | Path, **environment: str) -> Running:
         own = {"RAY_AUTH_TOKEN": self.head.token, "GRADER_KEY": SECRET, "RAY_ADDRESS": "127.0.0.1:9"}
-        return self.command_line.start(*words, "--address", self.head.address, **{**own, **environment})
+        where = () if "--address" in words else ("--address", self.head.address)
+        return self.command_line.start(*words, *where, **{**own, **environment})
 
     def run(self, *words: str | Path, **environment: str) -> Finished:
         return self.start(*words, **environment).wait(timeout=240)
 
-    def jobs(self) -> list[dict[str, object]]:
-        request = urllib.request.Request(
-            f"{self.head.address}/api/jobs/", headers={"Authorization": f"Bearer {self.head.token}"}
-        )
+    def ask(self, path: str) -> Any:
+        """The Jobs server itself, whatever our client makes of it."""
+        headers = {"Authorization": f"Bearer {self.head.token}"}
+        request = urllib.request.Request(f"{self.head.address}/api/jobs/{path}", headers=headers)
         with urllib.request.urlopen(request, timeout=30) as answer:
-            return [job for job in json.load(answer) if job["submission_id"]]
+            return json.load(answer)
+
+    def jobs(self) -> list[dict[str, object]]:
+        return [job for job in self.ask("") if job["submission_id"]]
 
     def drivers(self) -> list[psutil.Process]:
         """The processes of `rlhf-ray train` on the cluster."""
@@ -201,6 +207,22 @@ def test_stopping_saves(client: Client) -> None:
     assert RunFolder(output).read().status == "interrupted"
     assert "is over: stopped" in client.run("jobs", "stop", job_id).err
     assert "no job raysubmit_none" in client.run("jobs", "follow", "raysubmit_none").err
+
+
+def test_the_log_survives_lost_connections(client: Client) -> None:
+    output = client.folder / "runs" / "cut"
+    with cut_proxy(int(client.head.address.rpartition(":")[2])) as proxy:
+        words = ["sft.max_steps=1500", "output_dir=runs/cut", "--address", f"http://127.0.0.1:{proxy.port}"]
+        running = client.start("submit", "endless.yaml", "checkpoint.every=100", *words)
+        running.wait_until(lambda: any((output / "checkpoints").glob("step-*")), timeout=120)
+        proxy.cut(refusing=True)
+        running.wait_until(lambda: "connection lost" in running.err.read_text(), timeout=60)
+        proxy.cut(refusing=False)
+        finished = running.wait(timeout=200)
+    assert proxy.num_cut > 0
+    assert finished.code == 0, finished.err
+    job_id = re.findall(r"raysubmit_\w+", finished.err)[0]
+    assert finished.out == client.ask(f"{job_id}/logs")["logs"], "every line once, in order"
 
 
 def test_a_killed_driver_is_started_again(client: Client) -> None:

@@ -78,7 +78,7 @@ def test_a_ray_job(capsys: pytest.CaptureFixture[str]) -> None:
     assert driver[4:] == [
         "/etc/rlhf-ray/config.yaml",
         "online.num_steps=5",
-        "output_dir=/mnt/rlhf-ray/runs/quickstart",
+        "output_dir=/shared/runs/quickstart",
         "resume=auto",
         "cluster.address=auto",
     ]
@@ -89,7 +89,7 @@ def test_a_ray_job(capsys: pytest.CaptureFixture[str]) -> None:
     assert (group["replicas"], worker["resources"]["limits"]["nvidia.com/gpu"]) == (2, "8")
     assert "nvidia.com/gpu" not in head["resources"]["limits"]
     assert head["envFrom"] == worker["envFrom"] == [{"secretRef": {"name": "keys"}}]
-    assert {"name": "shared", "mountPath": "/mnt/rlhf-ray"} in worker["volumeMounts"]
+    assert {"name": "shared", "mountPath": "/shared"} in worker["volumeMounts"]
     config = next(mount for mount in head["volumeMounts"] if mount["name"] == "config")
     assert config["mountPath"] == "/etc/rlhf-ray"
 
@@ -118,8 +118,8 @@ def test_pods_see_the_volume_and_the_hub_only(
     words = [*NODES, *KUBERAY]
     err = refused(capsys, "kuberay", *words, "online.dataset.path=prompts.jsonl")
     assert err.startswith("online.dataset.path=prompts.jsonl: is on this machine, where no pod sees it")
-    on_volume = ["online.dataset.path=/mnt/rlhf-ray/prompts.jsonl", "model.path=/mnt/rlhf-ray/lm"]
-    assert "/mnt/rlhf-ray/lm" in printed(capsys, "kuberay", *words, *on_volume)
+    on_volume = ["online.dataset.path=/shared/prompts.jsonl", "model.path=/shared/lm"]
+    assert "/shared/lm" in printed(capsys, "kuberay", *words, *on_volume)
     assert "--volume-claim" in refused(capsys, "kuberay", *NODES, "--image", "x")
     assert "--image" in refused(capsys, "kuberay", *NODES, "--volume-claim", "x")
 
