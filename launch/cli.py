@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from launch.commands import COMMANDS
-from launch.commands.shared import FAILED, INTERRUPTED, WRONG_INPUT
 from launch.commands.train import RunFailed
+from launch.exit_codes import FAILED, INTERRUPTED, WRONG_INPUT
 from rlhf_ray import __version__
 from rlhf_ray.errors import ConfigError, Interrupted, UserError
 

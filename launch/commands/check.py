@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from launch.commands.shared import DONE, AddCommand, add_config, load
+from launch.commands.shared import AddCommand, add_config, load
+from launch.exit_codes import DONE
 
 if TYPE_CHECKING:
     from rlhf_ray.config.schema import DatasetSection, RunConfig

@@ -8,7 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.commands.shared import DONE, AddCommand, add_config, load, positive
+from launch.commands.shared import AddCommand, add_config, load, not_negative, positive
+from launch.exit_codes import DONE
 from rlhf_ray.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add(command: AddCommand) -> None:
         cluster.add_argument(name, help=about, type=kind, metavar=metavar)
 
     option("--nodes", "machines that the roles run on", positive, "N")
-    option("--gpus-per-node", "0 for none", _count, "N")
+    option("--gpus-per-node", "0 for none", not_negative, "N")
     option("--cpus-per-node", "default: 8 a GPU", positive, "N")
     option("--memory-per-node", "GiB; default: 64 a GPU", positive, "GIB")
     option("--name", "of the cluster or job; default: from the configuration's")
@@ -59,7 +60,7 @@ def add(command: AddCommand) -> None:
     option("--volume-claim", "Kubernetes: a claim that all pods mount, for models, data and outputs")
     option("--mount-path", f"Kubernetes: where they mount it; default: {MOUNT_PATH}")
     option("--secret", "Kubernetes: a Secret whose entries become environment variables")
-    option("--max-retries", "kuberay: how often a failed run goes on, on a new cluster", _count, "N")
+    option("--max-retries", "kuberay: how often a failed run goes on, on a new cluster", not_negative, "N")
     option("--time", "Slurm: the limit, such as 1-12:00:00")
     option("--partition", "Slurm")
     option("--account", "Slurm")
@@ -78,13 +79,6 @@ def add(command: AddCommand) -> None:
     option("--region", "autoscaler, aws; default: us-west-2")
     option("--instance-type", "autoscaler, aws: of the nodes with the roles")
     option("--ssh-user", "autoscaler; default: ubuntu")
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
-    return number
 
 
 def _cluster(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
-from launch.commands.shared import DONE, AddCommand, positive
+from launch.commands.shared import AddCommand, positive
+from launch.exit_codes import DONE
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding

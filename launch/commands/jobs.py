@@ -7,7 +7,8 @@ import sys
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from launch.commands.shared import DONE, AddCommand
+from launch.commands.shared import AddCommand
+from launch.exit_codes import DONE
 from launch.interrupts import stopping_at_once
 from rlhf_ray.errors import Interrupted, UserError
 

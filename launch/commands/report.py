@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launch.commands.shared import DONE, AddCommand
+from launch.commands.shared import AddCommand
+from launch.exit_codes import DONE
 
 
 def add(command: AddCommand) -> None:

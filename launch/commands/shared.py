@@ -1,4 +1,4 @@
-"""What the commands have in common: their exit codes, the words for a configuration, and how it is read."""
+"""What the commands have in common: the words for a configuration, how it is read, and numbers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rlhf_ray.config.schema import RunConfig
-
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 class AddCommand(Protocol):
@@ -58,4 +56,11 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return number
+
+
+def not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
     return number

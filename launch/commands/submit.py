@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from launch.commands.jobs import add_address, follow_job, hints, note
-from launch.commands.shared import DONE, AddCommand, add_config, load
+from launch.commands.shared import AddCommand, add_config, load, not_negative
+from launch.exit_codes import DONE
 from rlhf_ray.errors import UserError
 
 
@@ -45,18 +46,11 @@ def add(command: AddCommand) -> None:
     )
     submit.add_argument(
         "--max-retries",
-        type=_not_negative,
+        type=not_negative,
         default=0,
         metavar="N",
         help="go on from the last checkpoint so often if the run fails or its driver dies",
     )
-
-
-def _not_negative(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
-    return number
 
 
 def _submit(arguments: argparse.Namespace) -> int:

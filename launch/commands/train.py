@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from launch.commands.shared import DONE, AddCommand, add_config, load
+from launch.commands.shared import AddCommand, add_config, load
+from launch.exit_codes import DONE
 from launch.interrupts import stopping_at_once
 from rlhf_ray.errors import Interrupted, UserError
 

@@ -15,9 +15,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from launch.exit_codes import DONE, INTERRUPTED, WRONG_INPUT
 from launch.submission.secrets import unseal
 
-DONE, WRONG_INPUT, INTERRUPTED = 0, 2, 130
 FINAL = (DONE, WRONG_INPUT, INTERRUPTED)
 """Exit codes after which trying again is of no use, or not wanted."""
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus
 
+from launch.exit_codes import DONE, FAILED, INTERRUPTED, WRONG_INPUT
 from launch.submission.client import Jobs
 from rlhf_ray.errors import RlhfRayError
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 LOST = (OSError, RuntimeError, aiohttp.ClientError, asyncio.TimeoutError)
 """A connection that is gone, or a server that cannot answer now."""
 

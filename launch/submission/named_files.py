@@ -40,7 +40,7 @@ class NamedFile:
         """`key.path=value` for the job's own reading of the configuration."""
         text = self.target.as_posix()
         plain = re.fullmatch(r"[\w./-]+", text)
-        return f"{dotted(self.key)}={text if plain else repr_yaml(text)}"
+        return f"{dotted(self.key)}={text if plain else _quoted(text)}"
 
     def contents(self) -> Iterator[tuple[Path, Path]]:
         """(file here, path in the package) of each file."""
@@ -55,7 +55,7 @@ class NamedFile:
         return sum(file.stat().st_size for file, _ in self.contents())
 
 
-def repr_yaml(text: str) -> str:
+def _quoted(text: str) -> str:
     """Single quotes keep any text as it is."""
     return "'" + text.replace("'", "''") + "'"
 

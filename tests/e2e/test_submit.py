@@ -239,4 +239,4 @@ def test_a_killed_driver_is_started_again(client: Client) -> None:
     )
     record = RunFolder(output).read()
     assert (record.status, record.num_resumed) == ("done", 1)
-    assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == list(range(401))
+    assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == list(range(400))
