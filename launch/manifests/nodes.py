@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-from rlhf_ray.config.schema import ConstitutionAnnotator, RoleSection, RunConfig, StageName
+from rlhf_ray.config.schema import ConstitutionAnnotator, OnlineSection, RoleSection, RunConfig
+from rlhf_ray.config.schema.preference import USED_BY
 from rlhf_ray.errors import UserError
 
 USUAL_GPUS = 8
@@ -97,45 +99,50 @@ def size(
 
 
 def gpus_wanted(config: RunConfig) -> float | None:
-    """Of the stage that takes most; None where a role's are `auto`."""
+    """Of those that work together and take most; None where a role's are `auto`."""
     if _auto(config):
         return None
-    totals = [
-        sum(section.count * float(section.gpus) for section in _sections(config, stage).values())
-        for stage in config.stages
-    ]
-    return max(totals)
+    sections = [[_section(config, role) for role in roles] for roles in _together(config)]
+    return max(sum(section.count * float(section.gpus) for section in each) for each in sections)
 
 
 def _auto(config: RunConfig) -> list[str]:
     """The roles in use whose GPUs are shared out when the cluster is there."""
-    found = {role: section for stage in config.stages for role, section in _sections(config, stage).items()}
-    return [role for role, section in found.items() if section.gpus == "auto"]
+    used = dict.fromkeys(role for roles in _together(config) for role in roles)
+    return [role for role in used if _section(config, role).gpus == "auto"]
 
 
-def _sections(config: RunConfig, stage: StageName) -> dict[str, RoleSection]:
-    return {role: getattr(config.placement, role) for role in _roles(config, stage)}
+def _section(config: RunConfig, role: str) -> RoleSection:
+    return cast(RoleSection, getattr(config.placement, role))
 
 
-def _roles(config: RunConfig, stage: StageName) -> list[str]:
-    """Those that work at the same time in a stage."""
-    online, preferences = config.online, config.preferences
-    if stage == "online" and online is not None:
-        kinds = {reward.type for reward in online.rewards}
-        used = {
-            "critic": online.uses_critic,
-            "reference": online.uses_reference,
-            "reward": bool(kinds & {"model", "ensemble"}),
-            "judge": "judge" in kinds,
-        }
-        return ["policy", "engine", *(role for role, is_used in used.items() if is_used)]
-    if stage == "preferences" and preferences is not None:
-        judges = [a for a in preferences.annotators if isinstance(a, ConstitutionAnnotator) and a.model]
-        return ["engine", *(["feedback"] if judges else [])]
-    if stage == "preference":
-        return ["policy", "reference"]
-    if stage == "constitution":
-        # One after the other.
-        policy, engine = config.placement.policy, config.placement.engine
-        return ["policy"] if policy.count >= engine.count else ["engine"]
-    return ["policy"]
+def _together(config: RunConfig) -> Iterator[list[str]]:
+    """The roles that hold resources at the same time, for each part of the run."""
+    for stage in config.stages:
+        if stage == "online" and config.online is not None:
+            yield _online_roles(config, config.online)
+        elif stage == "preferences" and config.preferences is not None:
+            annotators = config.preferences.annotators
+            judges = [a for a in annotators if isinstance(a, ConstitutionAnnotator) and a.model]
+            yield ["engine", *(["feedback"] if judges else [])]
+        elif stage == "preference" and config.preference is not None:
+            preference = config.preference
+            uses_reference = preference.algorithm in USED_BY["reference"]
+            if uses_reference and preference.cache_reference:
+                yield from (["reference"], ["policy"])
+            else:
+                yield ["policy", *(["reference"] if uses_reference else [])]
+        elif stage == "constitution":
+            yield from (["engine"], ["policy"])
+        else:
+            yield ["policy"]
+
+
+def _online_roles(config: RunConfig, online: OnlineSection) -> list[str]:
+    has_adapters = config.training.lora is not None and online.reference is None
+    used = {
+        "critic": online.uses_critic,
+        "reference": online.uses_reference and not has_adapters,
+        "judge": any(reward.type == "judge" for reward in online.rewards),
+    }
+    return ["policy", "engine", "reward", *(role for role, is_used in used.items() if is_used)]

@@ -28,15 +28,21 @@ SECRET = "a-key-that-nobody-may-see"
 FINGERPRINT = hashlib.sha256(SECRET.encode()).hexdigest()
 
 GRADER = f'''\
-"""A reward that wants a key, and one that breaks."""
+"""A reward that wants a key, one that is slow, and one that breaks."""
 
 import hashlib
 import os
+import time
 
 
 def keyed(prompts, completions, **columns):
     key = os.environ["GRADER_KEY"]
     assert hashlib.sha256(key.encode()).hexdigest() == "{FINGERPRINT}"
+    return [float(len(text)) for text in completions]
+
+
+def slow(prompts, completions, **columns):
+    time.sleep(8)
     return [float(len(text)) for text in completions]
 
 
@@ -185,7 +191,9 @@ def test_mistakes_are_said_before_anything_is_sent(client: Client) -> None:
 
 
 def test_stopping_saves(client: Client) -> None:
-    submitted = client.run("submit", "endless.yaml", "--no-wait", "output_dir=runs/stopped")
+    """Also a step that takes longer than the 3 s that Ray gives a job by itself."""
+    words = ["online.num_steps=1000", "online.rewards.0.function=grader:slow", "output_dir=runs/stopped"]
+    submitted = client.run("submit", "../elsewhere/online.yaml", "checkpoint.every=1", *words, "--no-wait")
     assert submitted.code == 0, submitted.err
     job_id = submitted.out.strip()
     assert re.fullmatch(r"raysubmit_\w+", job_id)
@@ -199,6 +207,10 @@ def test_stopping_saves(client: Client) -> None:
     assert detached.code == 130
     assert f"{job_id} goes on" in detached.err
     again = client.start("jobs", "follow", job_id)
+    saved = {path.name for path in (output / "checkpoints").glob("step-*")}
+    again.wait_until(
+        lambda: bool({path.name for path in (output / "checkpoints").glob("step-*")} - saved), timeout=60
+    )
     stopped = client.run("jobs", "stop", job_id)
     assert stopped.code == 0, stopped.err
     ended = again.wait(timeout=120)

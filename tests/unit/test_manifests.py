@@ -50,8 +50,17 @@ def test_the_size_is_the_placements() -> None:
     assert sized(nodes=3, gpus_per_node=0) == Nodes(3, 0, 8, 64)
 
 
+def test_roles_that_a_run_does_not_have_take_nothing() -> None:
+    """A quickstart of GRPO has no critic; with adapters the policy is its own reference."""
+    without = ["online.algorithm=grpo", "online.num_generations=2", "training.lora.rank=4"]
+    assert sized(*EIGHT, *without).gpus == 3
+    assert sized(*EIGHT, *without, "online.reference.path=some/model").gpus == 4
+
+
 def test_what_the_configuration_does_not_say_must_be_said() -> None:
-    with pytest.raises(UserError, match=r"auto for policy, engine, critic, .*--nodes and --gpus-per-node"):
+    with pytest.raises(
+        UserError, match=r"auto for policy, engine, reward, critic, .*--nodes and --gpus-per-node"
+    ):
         sized(nodes=2)
     with pytest.raises(UserError, match=r"auto for critic\)"):
         sized(*[word for word in SIZED if "critic" not in word])
