@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -33,9 +33,11 @@ class Host:
     Args:
         name: role and rank, for messages.
         log_path: where this process's chatter goes (the libraries print a lot).
+        environment: variables that Ray must not show, which it does with those of a runtime_env.
     """
 
-    def __init__(self, name: str, log_path: str) -> None:
+    def __init__(self, name: str, log_path: str, environment: Mapping[str, str] | None = None) -> None:
+        os.environ.update(environment or {})
         self.name = name
         self.worker: object | None = None
         _redirect_output(Path(log_path))

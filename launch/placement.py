@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.group import ActorGroup, Timeline, Turns
 from actors.host import AsyncHost, Host
+from launch.submission.secrets import passed_on
 from rlhf_ray.config.schema import ClusterSection, RoleSection
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.reporting.run_folder import RunFolder
@@ -223,7 +224,7 @@ class Placement:
             # Ray's default is 1000 where calls run beside each other; every prompt in flight is one.
             **({"max_concurrency": MAX_CALLS} if issubclass(host, AsyncHost) else {}),
         )
-        return cast(ActorHandle, actor.remote(name, str(log)))
+        return cast(ActorHandle, actor.remote(name, str(log), passed_on()))
 
     def wait_until_built(self) -> None:
         """Wait for all workers together: what takes long in building them is importing and loading."""

@@ -47,15 +47,21 @@ from rlhf_ray.reporting.run_folder import RunFolder
 Finding = tuple[KeyPath, str]
 
 
-def load_checked(source: str | Path | Mapping[str, object], overrides: Sequence[str] = ()) -> RunConfig:
+def load_checked(
+    source: str | Path | Mapping[str, object], overrides: Sequence[str] = (), elsewhere: Sequence[Path] = ()
+) -> RunConfig:
     """`load_config`, with the checks of this module run whether or not the schema is content.
+
+    Args:
+        elsewhere: folders that the run will see, and this machine need not: what is named in them and is not
+            here is not judged.
 
     Raises:
         ConfigError: every mistake, one sentence each.
     """
     document = read_document(source, overrides)
     config = parse_document(document)
-    _check(document)
+    _check(document, elsewhere)
     if config is None or document.mistakes:
         raise ConfigError(*document.mistakes)
     return config
@@ -69,11 +75,20 @@ def check_config(config: RunConfig) -> list[str]:
     return list(document.mistakes)
 
 
-def _check(document: Document) -> None:
+def _check(document: Document, elsewhere: Sequence[Path] = ()) -> None:
     parts = Parts.of(document)
     for check in _CHECKS:
         for path, sentence in check(parts):
-            document.add(path, sentence)
+            if not _is_elsewhere(document.value(path), elsewhere):
+                document.add(path, sentence)
+
+
+def _is_elsewhere(value: Raw, folders: Sequence[Path]) -> bool:
+    return (
+        isinstance(value, str)
+        and any(Path(value).is_relative_to(folder) for folder in folders)
+        and not os.path.exists(value)
+    )
 
 
 LONGEST_NAME = 255

@@ -78,14 +78,19 @@ def read_document(source: str | Path | Mapping[str, object], overrides: Sequence
     if isinstance(source, Mapping):
         document.tree = cast(dict[str, Raw], plain(source, (), document))
     else:
-        read_yaml(_read_text(source), str(source), document)
+        read_yaml(read_text(source), str(source), document)
     outline.fill_defaults(document.tree, outline.root())
     for number, override in enumerate(overrides):
         apply_override(override, number, document)
     return document
 
 
-def _read_text(source: str | Path) -> str:
+def read_text(source: str | Path) -> str:
+    """Of a file, or of a packaged configuration.
+
+    Raises:
+        ConfigError: there is no such file, or it is not text.
+    """
     path = Path(source)
     try:
         return path.read_text(encoding="utf-8")

@@ -21,6 +21,7 @@ from tests.tiny import tiny_model_folder
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "ray", "transformers", "pydantic", "numpy", "vllm", "deepspeed", "datasets", "yaml", "rich"}
+COMMANDS = ["train", "check", "submit", "jobs", "cluster", "doctor", "generate", "report", "bench"]
 
 CONFIG = """\
 output_dir: runs/x
@@ -63,7 +64,18 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setitem(vars(launch), "run_checked", run)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"], ["trian"], []])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["submit", "--help"],
+        ["cluster", "--help"],
+        ["--version"],
+        ["trian"],
+        [],
+    ],
+)
 def test_nothing_heavy_is_imported_for_an_answer_about_the_command_line(words: list[str]) -> None:
     code = (
         "import sys; from launch.cli import main; main(sys.argv[1:]); "
@@ -78,7 +90,7 @@ def test_nothing_heavy_is_imported_for_an_answer_about_the_command_line(words: l
 def test_help_lists_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert listed == ["train", "check", "doctor", "generate", "report", "bench"]
+    assert listed == COMMANDS
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"rlhf-ray {__version__}\n"
 
@@ -88,7 +100,7 @@ def test_help_lists_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["trian", "x"],
-            "no command trian (there are train, check, doctor, generate, report, bench); did you mean train?",
+            f"no command trian (there are {', '.join(COMMANDS)}); did you mean train?",
         ),
         ([], "which command?; see rlhf-ray --help"),
         (["train"], "the following arguments are required: CONFIG; see rlhf-ray train --help"),

@@ -1,0 +1,11 @@
+"""The commands of `rlhf-ray`, one module each, in the order in which `--help` lists them.
+
+A module has `add`, which is given a function that makes a command. Modules are imported to show the help, so
+whatever is heavy is imported where a command runs.
+"""
+
+from __future__ import annotations
+
+from launch.commands import bench, check, cluster, doctor, generate, jobs, report, submit, train
+
+COMMANDS = (train, check, submit, jobs, cluster, doctor, generate, report, bench)
