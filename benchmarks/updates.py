@@ -92,7 +92,7 @@ def the_world() -> World:
 
 
 def online_section() -> OnlineSection:
-    """GRPO's loss without KL."""
+    """GRPO's loss without KL: that is in the reward, so that the old log-probs are those of the batch."""
     return OnlineSection.model_validate(
         {
             "algorithm": "grpo",
@@ -100,8 +100,8 @@ def online_section() -> OnlineSection:
             "rewards": [{"type": "length", "max_tokens": 64}],
             "num_steps": 1,
             "num_generations": 2,
-            "kl_coef": 0.0,
-            "track_kl": False,
+            "kl_coef": 0.05,
+            "kl_placement": "reward",
             "cliprange": CLIPRANGE,
             "optimizer": {"learning_rate": NO_MOVE},
         }
