@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import ray
@@ -154,14 +154,24 @@ class Placement:
     def start(self, name: str, host: type[Host] = Host) -> ActorGroup:
         """Start the actors of a role; their workers are built by `ActorGroup.build`."""
         self._hosts[name] = host
-        handles = [self.start_one(name, rank) for rank in range(self.demands[name].section.count)]
-        timeout = self.cluster.call_timeout
-        if self.shares_devices(name):
-            return self._listed(
-                SharingGroup(name, handles, self.turns, self.timeline, timeout, self._devices)
-            )
-        turns = Turns(enabled=False) if self.demands[name].is_apart else self.turns
-        return self._listed(ActorGroup(name, handles, turns, self.timeline, timeout))
+        return self._grouped(name, self.demands[name].section.count, lambda rank: self.start_one(name, rank))
+
+    def start_helper(self, name: str) -> ActorGroup:
+        """Start an actor that needs no share of its own: it works little, and while the others wait."""
+        share = RoleShare(0, 0, 1)
+        return self._grouped(name, 1, lambda rank: self._start_host(name, share, "DEFAULT", Host, ()))
+
+    def _grouped(self, name: str, count: int, start: Callable[[int], ActorHandle]) -> ActorGroup:
+        handles = [start(rank) for rank in range(count)]
+        is_apart = name in self.demands and self.demands[name].is_apart
+        turns = Turns(enabled=False) if is_apart else self.turns
+        timeout = float(self.cluster.call_timeout)
+        if name in self.demands and self.shares_devices(name):
+            group: ActorGroup = SharingGroup(name, handles, self.turns, self.timeline, timeout, self._devices)
+        else:
+            group = ActorGroup(name, handles, turns, self.timeline, timeout)
+        self._groups.append(group)
+        return group
 
     def start_one(self, name: str, rank: int) -> ActorHandle:
         """Start the actor of a rank, or another in the place of one that has died: in its bundle."""
@@ -175,15 +185,6 @@ class Placement:
             placement_group_capture_child_tasks=len(seat) > 1,
         )
         return self._start_host(label, share, strategy, self._hosts[name], seat)
-
-    def start_helper(self, name: str) -> ActorGroup:
-        """Start an actor that needs no share of its own: it works little, and while the others wait."""
-        handle = self._start_host(name, RoleShare(0, 0, 1), "DEFAULT", Host, ())
-        return self._listed(ActorGroup(name, [handle], self.turns, self.timeline, self.cluster.call_timeout))
-
-    def _listed(self, group: ActorGroup) -> ActorGroup:
-        self._groups.append(group)
-        return group
 
     def _start_host(
         self,
