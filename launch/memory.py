@@ -72,8 +72,9 @@ def trained_memory(size: ModelSize, training: TrainingSection, ranks: int) -> in
     return int(PROCESS + weights + gradients + optimizer + activations + logits)
 
 
-def frozen_memory(size: ModelSize, num_models: int = 1) -> int:
-    return int(PROCESS + num_models * 4 * size.parameters + 0.2 * GIB)
+def frozen_memory(size: ModelSize, num_models: int = 1, num_ranks: int = 1) -> int:
+    """Args: num_ranks: that hold a part each."""
+    return int(PROCESS + num_models * 4 * size.parameters / num_ranks + 0.2 * GIB)
 
 
 def engine_memory(size: ModelSize, engine: EngineSection) -> int:

@@ -16,6 +16,7 @@ from rlhf_ray.config.document import Document, KeyPath, Raw, plain
 from rlhf_ray.config.loading import parse_document, read_document
 from rlhf_ray.config.model_checks import Kind, linear_names, max_positions, model_mistakes
 from rlhf_ray.config.parts import Parts
+from rlhf_ray.config.placement_checks import placement_mistakes
 from rlhf_ray.config.preference_checks import preference_mistakes
 from rlhf_ray.config.reward_checks import reward_mistakes
 from rlhf_ray.config.schema import (
@@ -31,7 +32,6 @@ from rlhf_ray.config.schema import (
     ModelSection,
     OnlineSection,
     PairsSection,
-    PlacementSection,
     PreferencesSection,
     Reward,
     RunConfig,
@@ -290,39 +290,6 @@ def _inputs(parts: Parts) -> Iterator[Finding]:
             yield path, "has no path, and no reward stage runs before; name a reward model's folder in path"
 
 
-def _ranks(parts: Parts) -> Iterator[Finding]:
-    """Every rank needs a row of every batch."""
-    placement = parts.get(PlacementSection, "placement")
-    online = parts.get(OnlineSection, "online")
-    if placement is None:
-        return
-    for tuned in (parts.get(SFTSection, "sft"), parts.get(ConstitutionSection, "constitution")):
-        if tuned and tuned.batch_size < placement.policy.count:
-            name = "sft" if isinstance(tuned, SFTSection) else "constitution"
-            yield (
-                ("placement", "policy", "count"),
-                f"more ranks than rows in {name}.batch_size={tuned.batch_size}",
-            )
-    if online:
-        size = online.samples_per_step // online.num_mini_batches
-        for role, count in (("policy", placement.policy.count), ("critic", placement.critic.count)):
-            if size < count:
-                yield (
-                    ("placement", role, "count"),
-                    f"more ranks than a mini-batch has samples (prompts_per_step * num_generations / "
-                    f"num_mini_batches = {size}); lower it, or raise online.prompts_per_step",
-                )
-
-
-def _engine(parts: Parts) -> Iterator[Finding]:
-    engine = parts.get(EngineSection, "engine")
-    if engine and engine.backend == "transformers" and engine.tensor_parallel_size > 1:
-        yield (
-            ("engine", "tensor_parallel_size"),
-            "the transformers backend runs on one device; use 1, or backend: vllm",
-        )
-
-
 def _streaming(parts: Parts) -> Iterator[Finding]:
     """Giving up stragglers needs engines that answer prompt by prompt."""
     online, engine = parts.get(OnlineSection, "online"), parts.get(EngineSection, "engine")
@@ -366,8 +333,7 @@ _CHECKS: tuple[Callable[[Parts], Iterator[Finding]], ...] = (
     _adapters,
     _inputs,
     preference_mistakes,
-    _ranks,
-    _engine,
+    placement_mistakes,
     _streaming,
     _logging,
 )

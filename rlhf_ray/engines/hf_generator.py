@@ -76,6 +76,14 @@ class HFGenerator(TokenGenerator):
             endpoint.timeout,
         )
 
+    def rest(self) -> None:
+        self._model.to("cpu")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self, weights_only: bool = False) -> None:
+        self._model.to(self._device)
+
     def start_weight_update(self) -> None:
         """From here to `finish_weight_update` the engine holds neither the old weights nor the new ones."""
         self._version = UNKNOWN_VERSION

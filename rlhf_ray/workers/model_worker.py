@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.algorithms.metrics import MetricSums, finalise, merge, pack, unpack
 from rlhf_ray.config.schema import Layout, OptimizerSection, TrainingSection
 from rlhf_ray.engines.deepspeed_engine import TrainEngine, World, init_world, leave_world
+from rlhf_ray.engines.sequence_parallel import SequenceGroup
 from rlhf_ray.models.adapters import add_adapter, save_adapter
 from rlhf_ray.models.batching import TokenBatch, same_prompts
 from rlhf_ray.models.heads import PolicyModel, ScalarModel
@@ -80,17 +81,25 @@ class ModelWorker:
         self.name = name
         self.spec = spec
         self.world = spec.world
+        self.num_sharing = spec.training.sequence_parallel_size
+        """Ranks that compute the same rows."""
         self.tokenizer = tokenizer
 
         def adapted() -> nn.Module:
             module = build()
-            if spec.training.share_prompts:
-                check_sharing(module.model)
             if spec.training.lora is not None:
                 add_adapter(module, spec.training.lora, spec.seed)
+            if self.num_sharing > 1:
+                module.sequence_group = SequenceGroup(
+                    module.model, self.world.rank, self.world.size, self.num_sharing
+                )
             return module
 
         self.engine = TrainEngine(adapted, spec.optimizer, spec.training, spec.world, spec.total_steps)
+        if spec.training.share_prompts:
+            model = self.engine.module.model
+            assert isinstance(model, PreTrainedModel)
+            check_sharing(model)
 
     def update(
         self,
@@ -151,13 +160,16 @@ class ModelWorker:
     def _my_micro_batches(self, lengths: NDArray[np.int64], prompts: Ragged | None) -> list[list[int]]:
         training = self.spec.training
         shared = prompts if training.share_prompts else None
-        budget = training.tokens_per_micro_batch
-        return plan_micro_batches(lengths, self.world.size, budget, shared)[self.world.rank]
+        num_groups, budget = self.world.size // self.num_sharing, training.tokens_per_micro_batch
+        plan = plan_micro_batches(lengths, num_groups, budget * self.num_sharing, shared)
+        return plan[self.world.rank // self.num_sharing]
 
     def _reduce(self, parts: list[MetricSums]) -> Metrics:
         merged = merge(parts)
         if self.world.size > 1:
             sums, maxima = (tensor.to(self.world.device) for tensor in pack(merged))
+            if self.world.rank % self.num_sharing:
+                sums.zero_()  # those who share rows count them once
             dist.all_reduce(sums)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
             merged = unpack(merged, sums.cpu(), maxima.cpu())
@@ -205,6 +217,14 @@ class ModelWorker:
 
     def load_state(self, folder: Path) -> None:
         self.engine.load_state(folder)
+
+    def rest(self) -> None:
+        """Give the device to others: nothing else may be asked before `wake`."""
+        self.engine.state_on_device.rest()
+
+    def wake(self, weights_only: bool = False) -> None:
+        """weights_only: is for engines."""
+        self.engine.state_on_device.wake()
 
     def close(self) -> None:
         leave_world()

@@ -37,7 +37,10 @@ class PolicyWorker(ModelWorker):
     ) -> None:
         budget = spec.training.lockstep_tokens
         super().__init__(
-            "policy", lambda: PolicyModel(load_policy_model(model), budget), load_tokenizer(model), spec
+            "policy",
+            lambda: PolicyModel(load_policy_model(model, attention=spec.training.attention), budget),
+            load_tokenizer(model),
+            spec,
         )
         self.online = online
         self.wire_dtype = wire_dtype

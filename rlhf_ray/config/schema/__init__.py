@@ -27,6 +27,8 @@ from rlhf_ray.config.schema.base import (
 from rlhf_ray.config.schema.constitution import ConstitutionSection
 from rlhf_ray.config.schema.environments import EnvironmentSection
 from rlhf_ray.config.schema.machinery import (
+    ROLES,
+    Attention,
     CheckpointSection,
     ClusterSection,
     EngineSection,
@@ -36,6 +38,7 @@ from rlhf_ray.config.schema.machinery import (
     PlacementSection,
     RoleSection,
     SingleRoleSection,
+    Strategy,
     SyncSection,
     TrainingSection,
     WandbSection,
@@ -72,9 +75,11 @@ __all__ = [
     "EMBEDDED_MODEL",
     "EMBEDDED_TEMPLATES",
     "RECIPES",
+    "ROLES",
     "STAGES",
     "AlgorithmName",
     "Annotator",
+    "Attention",
     "CheckpointSection",
     "ClusterSection",
     "ConstitutionAnnotator",
@@ -119,6 +124,7 @@ __all__ = [
     "SimulatedAnnotator",
     "SingleRoleSection",
     "StageName",
+    "Strategy",
     "SyncSection",
     "TextVerifier",
     "TrainingSection",

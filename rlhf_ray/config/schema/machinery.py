@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, model_validator
@@ -27,6 +28,10 @@ Layout = Literal["padded", "packed", "shared"]
 behind the other in a single row; the answers to a prompt behind it in one row."""
 
 
+Offload = Literal["none", "cpu", "nvme"]
+Attention = Literal["auto", "sdpa", "flash_attention_2", "flash_attention_3"]
+
+
 class TrainingSection(Section):
     """How every trained model (policy, critic, reward model) is trained.
 
@@ -38,6 +43,13 @@ class TrainingSection(Section):
     once for all of them that a micro-batch has, with the same result. Pays where num_generations is large and
     answers are not much longer than prompts. For models whose every layer has full attention.
     lora: null trains all weights. Adapters want a learning rate about ten times that of all weights.
+    offload_optimizer: keeps Adam's moments and the float32 weights that it updates in main memory, from
+    ZeRO 1 on, or in files below nvme_path, at ZeRO 3. offload_parameters: at ZeRO 3, the weights too.
+    sequence_parallel_size: ranks that share the tokens of every sequence (DeepSpeed Ulysses), for contexts
+    whose activations are too much for one device. Divides the ranks of every trained model, and the heads of
+    its attention.
+    attention: `auto` is the library's choice, sdpa mostly. FlashAttention is for GPUs, and computes packed
+    rows without a mask.
     """
 
     precision: Literal["mixed", "float32"] = "mixed"
@@ -47,6 +59,11 @@ class TrainingSection(Section):
     share_prompts: bool = False
     gradient_checkpointing: bool = False
     lora: LoraSection | None = None
+    offload_optimizer: Offload = "none"
+    offload_parameters: Offload = "none"
+    nvme_path: str | None = Field(None, description="an existing folder on a fast disk of every node")
+    sequence_parallel_size: Positive = 1
+    attention: Attention = "auto"
 
     @property
     def lockstep_tokens(self) -> int | None:
@@ -59,14 +76,59 @@ class TrainingSection(Section):
             return "shared"
         return "packed" if self.packing else "padded"
 
+    @property
+    def uses_flash_attention(self) -> bool:
+        return self.attention.startswith("flash")
+
     @model_validator(mode="after")
-    def _one_layout(self) -> TrainingSection:
-        if self.packing and self.share_prompts:
-            raise ValueError(
-                "share_prompts=true: gives every prompt a row with its answers, and packing=true puts all "
-                "into one row; leave one of the two out"
-            )
+    def _fits_together(self) -> TrainingSection:
+        if mistakes := [*_layout_mistakes(self), *_offload_mistakes(self)]:
+            raise ValueError("\n".join(mistakes))
         return self
+
+
+def _layout_mistakes(training: TrainingSection) -> Iterator[str]:
+    if training.packing and training.share_prompts:
+        yield (
+            "share_prompts=true: gives every prompt a row with its answers, and packing=true puts all "
+            "into one row; leave one of the two out"
+        )
+    if training.share_prompts and training.uses_flash_attention:
+        yield (
+            f"attention={training.attention}: takes no mask, which would keep the answers to a prompt apart; "
+            "use sdpa, or share_prompts: false"
+        )
+    if training.sequence_parallel_size > 1 and training.share_prompts:
+        yield (
+            f"sequence_parallel_size={training.sequence_parallel_size}: takes no mask, which would keep the "
+            "answers to a prompt apart; use share_prompts: false"
+        )
+    if training.sequence_parallel_size > 1 and training.packing and not training.uses_flash_attention:
+        yield (
+            f"sequence_parallel_size={training.sequence_parallel_size}: takes packed rows only with "
+            "FlashAttention, which needs no mask; use packing: false, or attention: flash_attention_2"
+        )
+
+
+def _offload_mistakes(training: TrainingSection) -> Iterator[str]:
+    stage = training.zero_stage
+    if training.offload_optimizer != "none" and stage == 0:
+        yield f"offload_optimizer={training.offload_optimizer}: wants ZeRO; use zero_stage: 1, 2 or 3"
+    elif training.offload_optimizer == "nvme" and stage != 3:
+        yield f"offload_optimizer=nvme: zero_stage={stage} offloads to the cpu only; use cpu, or zero_stage 3"
+    if training.offload_parameters != "none" and stage != 3:
+        yield (
+            f"offload_parameters={training.offload_parameters}: at zero_stage={stage} every device needs all "
+            "weights; use zero_stage: 3"
+        )
+    uses_nvme = "nvme" in (training.offload_optimizer, training.offload_parameters)
+    if uses_nvme and training.nvme_path is None:
+        yield "nvme_path: missing; name a folder on a fast disk of every node"
+    if training.nvme_path is not None and not uses_nvme:
+        yield (
+            f"nvme_path={training.nvme_path}: nothing is offloaded there; use offload_optimizer: nvme, or "
+            "leave it out"
+        )
 
 
 class EngineSection(Section):
@@ -94,16 +156,47 @@ class SyncSection(Section):
     tolerance: float = Field(0.25, gt=0)
 
 
-class RoleSection(Section):
-    """What one role takes. `auto` shares the machine: one GPU an actor where there are GPUs, else equal
-    shares of the CPUs, every actor of a role with as many threads as the role has cores to itself while it
-    works. With `online.max_lag` above 0 the engines have half of the cores, or as many as `engine.threads`
-    says, and the other roles the rest."""
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
-    count: Positive = Field(1, description="ranks of a trained model, or engines")
+
+class RoleSection(Section):
+    """What one role takes, and where. `auto` shares the machine: one GPU an actor where there are GPUs, else
+    equal shares of the CPUs, every actor of a role with as many threads as the role has cores to itself while
+    it works. With `online.max_lag` above 0 the engines have half of the cores, or as many as `engine.threads`
+    says, and the other roles the rest.
+
+    gpus: of each actor; below 1, other actors have the rest of that device.
+    nodes: on how many nodes the actors are, equally many on each; for roles that share no devices.
+    strategy: Ray's: on few nodes (PACK, the default) or many (SPREAD) if possible; on one, or each on
+    another, or else not at all (STRICT_…).
+    labels: that nodes must have, as `ray start --labels` gave them: `{pool: h100}`; a value may also be
+    `in(a, b)`, `!a`, or `!in(a, b)`.
+    """
+
+    count: Positive = Field(1, description="ranks of a model, or engines")
     cpus: float | Literal["auto"] = "auto"
     gpus: float | Literal["auto"] = "auto"
     threads: Positive | Literal["auto"] = "auto"
+    nodes: Positive | None = None
+    strategy: Strategy | None = None
+    labels: dict[str, str] = Field({}, description="label of a node -> what it must be")
+
+    @model_validator(mode="after")
+    def _fits_on_nodes(self) -> RoleSection:
+        for key in ("cpus", "gpus"):
+            amount = getattr(self, key)
+            if amount != "auto" and amount < 0:
+                raise ValueError(f"{key}={amount:g}: must be at least 0")
+        if self.nodes is not None and self.strategy is not None:
+            raise ValueError(
+                f"strategy={self.strategy}: nodes={self.nodes} says it already; leave one of them out"
+            )
+        if self.nodes is not None and self.count % self.nodes:
+            raise ValueError(
+                f"nodes={self.nodes}: does not divide count={self.count}, and every node has equally many "
+                "actors; change one of them"
+            )
+        return self
 
 
 class SingleRoleSection(RoleSection):
@@ -111,13 +204,65 @@ class SingleRoleSection(RoleSection):
 
 
 class PlacementSection(Section):
+    """Which actors share devices.
+
+    mode:
+        auto: every actor has a share of its own; roles that must share a GPU, or the cores, take turns.
+        colocated: all roles share the same devices, as many as the largest role has, and take turns: who
+            waits moves its memory to the CPU (engines sleep, DeepSpeed's states are offloaded).
+        disaggregated: the engines have devices of their own, and work beside the others if `online.max_lag`
+            is above 0; all other roles share devices, in turn as above.
+    Where roles share devices, `strategy` and `labels` are written once for all of them.
+
+    reference: with a count above 1 its ranks hold a part of the weights each (ZeRO 3).
+    """
+
+    mode: Literal["auto", "colocated", "disaggregated"] = "auto"
     policy: RoleSection = RoleSection()
     critic: RoleSection = RoleSection()
-    reference: SingleRoleSection = SingleRoleSection()
+    reference: RoleSection = RoleSection()
     reward: SingleRoleSection = SingleRoleSection()
     judge: SingleRoleSection = SingleRoleSection()
     engine: RoleSection = RoleSection()
     feedback: RoleSection = RoleSection()
+
+    def pool_of(self, role: str) -> str:
+        """Roles of the same pool share devices. role: `policy`, …, or a name of a feedback model."""
+        if self.mode == "colocated":
+            return "all"
+        if self.mode == "disaggregated":
+            return "generation" if role == "engine" else "training"
+        return role
+
+    @model_validator(mode="after")
+    def _pools_agree(self) -> PlacementSection:
+        """What is said of a device is said once, or alike by all who share it."""
+        if self.mode == "auto":
+            return self
+        mistakes, written = [], dict[tuple[str, str], tuple[str, object]]()
+        for role in ROLES:
+            section: RoleSection = getattr(self, role)
+            if section.nodes is not None:
+                mistakes.append(
+                    f"{role}: nodes={section.nodes}: in mode {self.mode} roles share devices, and have no "
+                    "nodes of their own; use strategy, or mode: auto"
+                )
+            for key in ("strategy", "labels"):
+                value = getattr(section, key)
+                if not value:
+                    continue
+                first, other = written.setdefault((self.pool_of(role), key), (role, value))
+                if other != value:
+                    mistakes.append(
+                        f"{role}: {key}={value}: shares its devices with {first}, whose {key} is {other}; "
+                        "write it once"
+                    )
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+
+ROLES = ("policy", "critic", "reference", "reward", "judge", "engine", "feedback")
 
 
 class WandbSection(Section):
