@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
+from launch import plan
 from launch.interrupts import stopping_at_once
 from rlhf_ray import __version__
 from rlhf_ray.errors import ConfigError, Interrupted, UserError
@@ -106,7 +107,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if unknown:
         options = re.findall(r"--[\w-]+", commands[command].format_help())
         raise UserError(f"{command} has no option {unknown[0]}{_nearest(unknown[0], options)}")
-    if command in ("train", "check"):
+    if "overrides" in arguments:
         arguments.overrides = [*arguments.overrides, *left]
     elif left:
         raise UserError(f"{command}: what is {' '.join(left)} for? see rlhf-ray {command} --help")
@@ -139,6 +140,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_config(train)
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint: resume=auto")
     _add_config(add("check", _check, "Say every mistake of a configuration; nothing is started."))
+    plan.add(add)
     add("doctor", _doctor, "Say what this machine has, and what is missing.")
     generate = add("generate", _generate, "Ask a model one question.")
     generate.add_argument(

@@ -12,7 +12,7 @@ ROLE = "reference"
 
 
 def demand_reference(context: StageContext, model: ModelSection) -> RoleDemand:
-    memory = context.main_memory(frozen_memory(model_size(model)))
+    memory = context.main_memory(frozen_memory(model_size(model), context.config.training))
     return RoleDemand(ROLE, context.config.placement.reference, memory)
 
 

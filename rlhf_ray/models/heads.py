@@ -11,10 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rlhf_ray.models.batching import TokenBatch
+from rlhf_ray.models.sizes import CHUNK_TOKENS
 from rlhf_ray.models.target_stats import Memory, TokenStats, target_stats
-
-CHUNK_TOKENS = 512
-"""Tokens whose logits exist at the same time: 512 x 50k float32 logits are 100 MB."""
 
 
 def token_stats(
