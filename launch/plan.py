@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_ray.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from rlhf_ray.config.schema import RunConfig
     from rlhf_ray.planning.plan import Machine, Plan
 
@@ -111,8 +114,13 @@ def _machine(arguments: argparse.Namespace) -> Machine:
     return Machine(device, arguments.gpus, min(arguments.gpus_per_node, arguments.gpus))
 
 
-def _simulate(plan: Plan, console: object) -> list[dict[str, object]]:
-    raise ConfigError("--simulate: not yet")
+def _simulate(plan: Plan, console: Console) -> list[dict[str, object]]:
+    from launch.plan_text import show_simulated
+    from rlhf_ray.planning.schedules import fleet_of, simulate_all
+
+    found = simulate_all(fleet_of(plan))
+    show_simulated(plan, found, console)
+    return [{"keys": each.keys, **asdict(each.schedule), **asdict(each.outcome)} for each in found]
 
 
 def _record(plan: Plan, changes: list[str], simulated: list[dict[str, object]] | None) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from rich.console import Console
@@ -14,6 +14,8 @@ from rlhf_ray.planning.advice import Advice
 from rlhf_ray.planning.hardware import GIB
 from rlhf_ray.planning.memory import KINDS, Phase
 from rlhf_ray.planning.plan import SPARE, DevicePlan, Plan, named, runs
+from rlhf_ray.planning.published import validation
+from rlhf_ray.planning.schedules import Simulated
 
 SHOWN: dict[str, tuple[Phase, ...]] = {
     "generate": ("generate",),
@@ -152,8 +154,8 @@ def _speed(plan: Plan) -> str:
         f"{per_device:,.0f} tokens a second and {unit}; {plan.slots} answers at a time on an engine\n"
         f"assumed: prompts of {work.prompt:.0f} tokens, answers of {work.lengths.mean:.0f} in the mean with "
         f"a long tail up to {work.lengths.longest}; of the data sheet's peak {efficiency.train:.0%} in "
-        f"training, {efficiency.forward:.0%} in forward passes, {efficiency.read:.0%} of the memory's bandwidth "
-        f"in decoding, {efficiency.move:.0%} of links"
+        f"training, {efficiency.forward:.0%} in forward passes, {efficiency.read:.0%} of memory bandwidth in "
+        f"decoding, {efficiency.move:.0%} of links"
     )
 
 
@@ -176,6 +178,35 @@ def _verdict(plan: Plan, advice: Advice | None) -> Iterable[str]:
     outcome = "with these changes it fits" if advice.plan.fits else "these changes help, and are not enough"
     yield f"{outcome} ({advice.plan.devices[0].peak / GIB:.1f} GiB on the first device):"
     yield "  " + " ".join(f"'{change}'" if " " in change else change for change in advice.changes)
+
+
+def show_simulated(plan: Plan, found: Sequence[Simulated], console: Console) -> None:
+    """Every speed-up beside what it costs in staleness, and what is left idle."""
+    title = f"simulated: schedules on {plan.machine.num_devices} {plan.machine.device.name}"
+    table = Table(title=title, title_justify="left")
+    columns = ("schedule", "engines : training", "s a step", "speed-up", "devices busy", "at full batches")
+    for column in (*columns, "lag, mean", "lag, most", "prompts given up"):
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    base = found[0].outcome.step
+    for each in found:
+        outcome, own = each.outcome, each.schedule
+        split = (
+            f"{own.generating} : {plan.machine.num_devices - own.generating}" if own.generating else "in turn"
+        )
+        table.add_row(
+            own.name,
+            split,
+            f"{outcome.step:.3g}",
+            f"{base / outcome.step:.2f} x simulated",
+            f"{outcome.busy:.0%}",
+            f"{outcome.full:.0%}",
+            f"{outcome.lag_mean:.2f}",
+            str(outcome.lag_max),
+            f"{outcome.given_up:.0%}",
+        )
+    console.print(table)
+    for line in (validation(), *(f"{each.schedule.name}: {each.keys}" for each in found[1:])):
+        console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def _crowded(plan: Plan) -> bool:

@@ -26,7 +26,7 @@ class Device:
     bandwidth: float
     link: float
     network: float
-    latency: float = 2e-3
+    latency: float = 4e-3
 
     @property
     def is_gpu(self) -> bool:

@@ -27,11 +27,11 @@ class Efficiency:
         read: of the memory's bandwidth, while decoding. move: of links and network.
     """
 
-    train: float = 0.35
-    forward: float = 0.40
+    train: float = 0.40
+    forward: float = 0.45
     prefill: float = 0.40
     multiply: float = 0.50
-    read: float = 0.60
+    read: float = 0.42
     move: float = 0.60
 
 
