@@ -3,10 +3,10 @@
 rlhf-ray bench plan-memory --json plan-memory.json
 rlhf-ray bench plan-memory --quick
 
-A worker is built, does its work on two full micro-batches twice, and the kernel says how much memory its process
-had at most (the largest of its ranks, where there are several). Models: two random layers; some 50M random
-parameters; and the embedded 135M, left out with --quick and where less than 14 GiB are available. The figure
-is measured over planned; the goal is to be within 15 %.
+A worker is built, does its work on two full micro-batches twice, and the kernel says how much memory its
+process had at most (the largest of its ranks, where there are several). Models: two random layers; some 50M
+random parameters; and the embedded 135M, left out with --quick and where less than 14 GiB are available. The
+figure is measured over planned; the goal is to be within 15 %.
 """
 
 from __future__ import annotations

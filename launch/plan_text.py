@@ -182,30 +182,36 @@ def _verdict(plan: Plan, advice: Advice | None) -> Iterable[str]:
 
 def show_simulated(plan: Plan, found: Sequence[Simulated], console: Console) -> None:
     """Every speed-up beside what it costs in staleness, and what is left idle."""
-    title = f"simulated: schedules on {plan.machine.num_devices} {plan.machine.device.name}"
+    title = f"simulated schedules on {plan.machine.num_devices} {plan.machine.device.name}"
     table = Table(title=title, title_justify="left")
-    columns = ("schedule", "engines : training", "s a step", "speed-up", "devices busy", "at full batches")
-    for column in (*columns, "lag, mean", "lag, most", "prompts given up"):
+    columns = ("schedule", "engines:training", "s a step", "simulated speed-up", "busy", "full batches")
+    for column in (*columns, "mean lag", "most", "given up", "length"):
         table.add_column(column, justify="left" if column == "schedule" else "right")
     base = found[0].outcome.step
     for each in found:
         outcome, own = each.outcome, each.schedule
-        split = (
-            f"{own.generating} : {plan.machine.num_devices - own.generating}" if own.generating else "in turn"
-        )
+        training = plan.machine.num_devices - own.generating
+        split = f"{own.generating}:{training}" if own.generating else "in turn"
         table.add_row(
             own.name,
             split,
             f"{outcome.step:.3g}",
-            f"{base / outcome.step:.2f} x simulated",
+            f"{base / outcome.step:.2f} x",
             f"{outcome.busy:.0%}",
             f"{outcome.full:.0%}",
             f"{outcome.lag_mean:.2f}",
             str(outcome.lag_max),
             f"{outcome.given_up:.0%}",
+            f"{outcome.length:.0%}",
         )
     console.print(table)
-    for line in (validation(), *(f"{each.schedule.name}: {each.keys}" for each in found[1:])):
+    meaning = (
+        "all of this is simulated. busy: share of the devices' time with something to do; full batches: of "
+        "it, what the same work takes with every engine full; lag: in versions of the weights; length: of "
+        "what is trained on, against all answers: those that are done first are short. Whether a split fits "
+        "in memory says a plan with its keys"
+    )
+    for line in (meaning, validation(), *(f"{each.schedule.name}: {each.keys}" for each in found[1:])):
         console.print(escape(line), highlight=False, soft_wrap=True)
 
 

@@ -32,6 +32,10 @@ many."""
 LIVE_PARAMETERS = 1_000_000_000
 """That stage 3 leaves gathered (`stage3_max_live_parameters`)."""
 PREFETCH = 50_000_000
+DIFFERENTIATED = 4
+"""Times what a layer keeps for the backward pass, that differentiating it takes beside it."""
+KERNELS = 4
+"""Bytes a parameter that the CPU's kernels and the allocator were seen to keep in training."""
 WIRE_MESSAGES = 3
 """Groups of tensors that exist at a time while weights are sent: one is made, two are under way."""
 PACKED_BUFFER = GIB
@@ -49,7 +53,7 @@ class Processes:
     engine: float
 
 
-ON_CPU = Processes(trainer=0.45 * GIB, frozen=0.42 * GIB, engine=0.92 * GIB)
+ON_CPU = Processes(trainer=0.42 * GIB, frozen=0.40 * GIB, engine=0.90 * GIB)
 ON_GPU = Processes(trainer=1.2 * GIB, frozen=0.6 * GIB, engine=1.5 * GIB)
 """CUDA's context, the kernels' workspaces, NCCL's buffers and what the allocator cannot use. Taken from what
 others report; not measured by this project."""
@@ -186,13 +190,14 @@ def trained(
         Term("gradients", states["gradients"], own),
         Term("optimizer", states["optimizer"]),
         Term("activations", activations(shape, training, tokens), own),
+        Term("activations", _moving(shape, training, tokens, is_scalar), own),
         Term("activations", passing(shape, training, tokens), _in(look)),
         Term("buffers", _bucket(trains, training, device), own),
+        Term("buffers", 0.0 if device.is_gpu else KERNELS * parameters, own),
         Term("buffers", _gathered(shape, training.zero_stage == 3, ranks), looks),
         Term("process", (ON_GPU if device.is_gpu else ON_CPU).trainer),
     ]
     if not is_scalar:
-        terms.append(Term("activations", logits(shape, tokens, trains=True), own))
         terms.append(Term("activations", logits(shape, tokens, trains=False), _in(look)))
         terms.append(Term("buffers", _wire(shape, training, device), _in("sync")))
     return RoleMemory(role, tuple(terms), host=host)
@@ -276,13 +281,23 @@ def activations(shape: ModelShape, training: TrainingSection, tokens: int) -> fl
     and what attention gives; of the MLP the gate, its activation, the other half, and their product. With
     checkpoints only the residual stream at its beginning, and everything of one layer at a time.
     """
-    if training.precision == "mixed":
-        layer = (4 * 4 + 5 * 2) * shape.width + 4 * 2 * shape.queries + 4 * 2 * shape.intermediate
-    else:
-        layer = (4 + 2) * 4 * shape.width + 4 * 4 * shape.queries + 4 * 4 * shape.intermediate
+    layer = layer_bytes(shape, training)
     if training.gradient_checkpointing:
         return float(tokens * (shape.layers * 4 * shape.width + layer))
     return float(tokens * shape.layers * layer)
+
+
+def layer_bytes(shape: ModelShape, training: TrainingSection) -> int:
+    """That a layer keeps of a token."""
+    if training.precision == "mixed":
+        return (4 * 4 + 5 * 2) * shape.width + 4 * 2 * shape.queries + 4 * 2 * shape.intermediate
+    return (4 + 2) * 4 * shape.width + 4 * 4 * shape.queries + 4 * 4 * shape.intermediate
+
+
+def _moving(shape: ModelShape, training: TrainingSection, tokens: int, is_scalar: bool) -> float:
+    """Of the backward pass at its two widest places, of which it is at one: the head, and a layer."""
+    head = 0.0 if is_scalar else logits(shape, tokens, trains=True)
+    return max(head, float(tokens * DIFFERENTIATED * layer_bytes(shape, training)))
 
 
 def passing(shape: ModelShape, training: TrainingSection, tokens: int) -> float:

@@ -154,7 +154,7 @@ def fitted_total(row: Row, efficiency: Efficiency) -> float:
     return (low + high) / 2
 
 
-def compare_ahead(ahead: Ahead, efficiency: Efficiency, steps: int = 6) -> Compared:
+def compare_ahead(ahead: Ahead, efficiency: Efficiency, steps: int = 4) -> Compared:
     """The synchronous run sets what is not published: the answers' length where it is not known, else how
     much slower or faster than planned everything is. The other run is then predicted, and was not looked at.
     """
@@ -186,7 +186,7 @@ def compare_ahead(ahead: Ahead, efficiency: Efficiency, steps: int = 6) -> Compa
         group=row.group,
         lengths=clock.work.lengths,
     )
-    splits = [ahead.generating] if ahead.generating else [ahead.num_devices * n // 8 for n in (4, 5, 6, 7)]
+    splits = [ahead.generating] if ahead.generating else [ahead.num_devices * n // 8 for n in (4, 6)]
     outcomes = [
         simulate(fleet, replace(ahead.schedule, generating=split), steps * ahead.schedule.updates_a_sync)
         for split in splits

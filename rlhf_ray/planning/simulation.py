@@ -19,8 +19,6 @@ from rlhf_ray.loops.in_flight import Begun, InFlight
 from rlhf_ray.planning.decoding import Decoding, Speed
 from rlhf_ray.planning.lengths import Lengths
 
-Lag = list[int]
-
 
 @dataclass(frozen=True)
 class Fleet:
@@ -28,7 +26,8 @@ class Fleet:
 
     Fields:
         num_devices: of all. width: of an engine. slots: answers that it makes at a time.
-        speed: of an engine. train: devices -> seconds of everything of a step that is not sampling.
+        speed: of an engine. train: devices -> seconds of everything of a step that is not sampling, where its
+            answers are as long as the mean.
         sync: seconds in which new weights reach the engines, which stand still.
         prompts: of a step; group: answers to each.
     """
@@ -67,7 +66,8 @@ class Schedule:
 class Outcome:
     """Fields: step: seconds. busy: share of the devices' time in which they have something to do. full: share
     of it that the same work would take if every engine always had all its slots filled.
-    lag_mean, lag_max: versions by which what is trained on is behind. given_up: share of the prompts."""
+    lag_mean, lag_max: versions by which what is trained on is behind. given_up: share of the prompts.
+    length: of what is trained on, over the mean of all: what is done first is short."""
 
     step: float
     busy: float
@@ -75,14 +75,16 @@ class Outcome:
     lag_mean: float
     lag_max: int
     given_up: float
+    length: float
 
 
 @dataclass(eq=False)
 class Group:
-    """Answers to a prompt. Fields: left: that are not done. done: when the last was."""
+    """Answers to a prompt. Fields: tokens: of all. left: that are not done. done: when the last was."""
 
     engine: int
     keys: list[int]
+    tokens: float
     left: int
     done: float = math.inf
 
@@ -106,7 +108,7 @@ class Engines:
     def begin(self, lengths: Sequence[float], engine: int, now: float) -> Group:
         keys = list(range(self._next, self._next + len(lengths)))
         self._next += len(lengths)
-        group = Group(engine, keys, len(keys))
+        group = Group(engine, keys, sum(lengths), len(keys))
         self._owner.update(dict.fromkeys(keys, group))
         self.engines[engine].add(zip(keys, lengths, strict=True), now)
         self._changed(engine)
@@ -173,10 +175,16 @@ class Engines:
             heapq.heappush(self._events, (next_done, index, self._stamps[index]))
 
 
-def simulate(fleet: Fleet, schedule: Schedule, steps: int = 12, seed: int = 0) -> Outcome:
-    """Args: steps: that count, after as many as it takes until the pipeline is full."""
-    run = _Run(fleet, schedule, seed)
-    settle = 2 * (schedule.max_lag + 1) * schedule.updates_a_sync
+def simulate(
+    fleet: Fleet, schedule: Schedule, steps: int = 12, seed: int = 0, *, scale_training: bool = True
+) -> Outcome:
+    """
+    Args:
+        steps: that count, after as many as it takes until the pipeline is full.
+        scale_training: with the tokens of what is trained on; else it takes the same time at every step.
+    """
+    run = _Run(fleet, schedule, seed, scale_training)
+    settle = (schedule.max_lag + 2) * schedule.updates_a_sync
     for step in range(settle):
         run.step(step)
     run.mark()
@@ -186,8 +194,8 @@ def simulate(fleet: Fleet, schedule: Schedule, steps: int = 12, seed: int = 0) -
 
 
 class _Run:
-    def __init__(self, fleet: Fleet, schedule: Schedule, seed: int) -> None:
-        self.fleet, self.schedule = fleet, schedule
+    def __init__(self, fleet: Fleet, schedule: Schedule, seed: int, scale_training: bool) -> None:
+        self.fleet, self.schedule, self.scale_training = fleet, schedule, scale_training
         self.generating = schedule.generating or fleet.num_devices
         self.training = fleet.num_devices - schedule.generating
         self.engines = Engines(max(1, self.generating // fleet.width), fleet.speed, fleet.slots)
@@ -197,15 +205,19 @@ class _Run:
         self.generator = np.random.default_rng(seed)
         self.now = self.trained = 0.0
         self.row = 0
-        self.lags: Lag = []
+        self.lags: list[int] = []
         self.given_up = 0
+        self.tokens = 0.0
 
     def step(self, step: int) -> None:
         version = step // self.schedule.updates_a_sync
         self._keep_in_flight(version)
-        for each in self._take(version, (step + 1) // self.schedule.updates_a_sync):
-            self.lags.append(version - each.version)
-        seconds = self.fleet.train(self.training)
+        taken = self._take(version, (step + 1) // self.schedule.updates_a_sync)
+        self.lags += [version - each.version for each in taken]
+        self.tokens += (tokens := sum(each.work.tokens for each in taken))
+        expected = self.fleet.lengths.mean * self.fleet.group * len(taken)
+        longer = tokens / expected if self.scale_training else 1.0
+        seconds = self.fleet.train(self.training) * longer
         self.trained += seconds
         self.now += seconds
         if (step + 1) % self.schedule.updates_a_sync == 0:
@@ -243,7 +255,7 @@ class _Run:
     def mark(self) -> None:
         """What counts begins here."""
         self.began, self.trained = self.now, 0.0
-        self.lags, self.given_up = [], 0
+        self.lags, self.given_up, self.tokens = [], 0, 0.0
         self.made = [(engine.busy, engine.tokens) for engine in self.engines.engines]
 
     def outcome(self, steps: int) -> Outcome:
@@ -264,4 +276,5 @@ class _Run:
             lag_mean=float(np.mean(self.lags)),
             lag_max=max(self.lags),
             given_up=self.given_up / (self.given_up + len(self.lags)),
+            length=self.tokens / (len(self.lags) * fleet.group * fleet.lengths.mean),
         )
