@@ -47,10 +47,20 @@ def trained_memory(shape: ModelShape, training: TrainingSection, ranks: int, lon
 
 
 def frozen_memory(
-    shape: ModelShape, training: TrainingSection, num_models: int = 1, *, scores: bool = False
+    shape: ModelShape,
+    training: TrainingSection,
+    num_models: int = 1,
+    *,
+    num_ranks: int = 1,
+    scores: bool = False,
 ) -> int:
+    """
+    Args:
+        num_ranks: that hold a part each. scores: reward models, which have no head.
+    """
     role: memory.Frozen = "reward" if scores else "reference"
-    return int(memory.frozen(role, [shape] * num_models, training, longest=0, device=_CPU).peak)
+    shapes = [shape] * num_models
+    return int(memory.frozen(role, shapes, training, ranks=num_ranks, longest=0, device=_CPU).peak)
 
 
 def engine_memory(shape: ModelShape, engine: EngineSection) -> int:

@@ -1,117 +1,44 @@
-"""Which actor gets which share of the cluster, and what to say when there is not enough."""
+"""Which actor gets which share of the cluster, held for a stage."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
 from typing import cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.group import ActorGroup, Timeline, Turns
 from actors.host import AsyncHost, Host
-from rlhf_ray.config.schema import ClusterSection, RoleSection
+from actors.sharing import Devices, SharingGroup
+from launch.placement_layout import Layout, Pool, Seat, in_order_of_nodes, lay_out
+from launch.placement_shares import Capacity, RoleDemand, RoleShare, resolve_shares, take_turns
+from launch.placement_words import GIB, amount, amounts, fragments, never, nodes_of_cluster
+from rlhf_ray.config.schema import ClusterSection, PlacementSection
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.reporting.run_folder import RunFolder
 
-GIB = 1 << 30
+__all__ = [
+    "GIB",
+    "Capacity",
+    "Placement",
+    "RoleDemand",
+    "RoleShare",
+    "resolve_shares",
+    "take_turns",
+]
+
 MAX_CALLS = 100_000
-
-
-@dataclass(frozen=True)
-class RoleDemand:
-    """What one role asks for.
-
-    Fields:
-        memory: bytes an actor. gpus_per_actor: devices of an actor, where there are any.
-        is_apart: works while the other roles work, on cores of its own.
-    """
-
-    name: str
-    section: RoleSection
-    memory: int
-    gpus_per_actor: int = 1
-    is_apart: bool = False
-
-    def threads_of(self, cores: int) -> int:
-        """Of each actor, where the role has so many cores to itself while it works."""
-        threads = self.section.threads
-        return max(1, cores // self.section.count) if threads == "auto" else threads
-
-
-@dataclass(frozen=True)
-class RoleShare:
-    """What each actor of a role gets."""
-
-    cpus: float
-    gpus: float
-    threads: int
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """CPUs, GPUs and bytes of memory of the whole cluster."""
-
-    cpus: float
-    gpus: float
-    memory: float
-
-    @classmethod
-    def of_cluster(cls) -> Capacity:
-        found = ray.cluster_resources()
-        return cls(found.get("CPU", 0.0), found.get("GPU", 0.0), found.get("memory", 0.0))
-
-
-def resolve_shares(demands: Sequence[RoleDemand], capacity: Capacity) -> dict[str, RoleShare]:
-    """Fill in every `auto`: an equal share of the CPUs; a GPU an actor, or an equal share of too few; and as
-    many threads as the role's actors have cores to themselves while it works."""
-    cores = _cores_together(demands, capacity)
-    num_actors = sum(demand.section.count for demand in demands)
-    shares = {}
-    for demand in demands:
-        section = demand.section
-        gpus = section.gpus
-        if gpus == "auto":
-            wanted = demand.gpus_per_actor
-            gpus = _share(capacity.gpus, num_actors, at_most=wanted) if capacity.gpus else 0.0
-        cpus = _share(capacity.cpus, num_actors, at_most=1.0) if section.cpus == "auto" else section.cpus
-        threads = demand.threads_of(_cores_apart(capacity) if demand.is_apart else cores)
-        if section.threads == "auto" and gpus:
-            threads = 1
-        shares[demand.name] = RoleShare(cpus, gpus, threads)
-    return shares
-
-
-def _cores_apart(capacity: Capacity) -> int:
-    """Half of all: nothing is known of how long sampling takes and how long the rest."""
-    return max(1, int(capacity.cpus) // 2)
-
-
-def _cores_together(demands: Sequence[RoleDemand], capacity: Capacity) -> int:
-    """Those that the roles that take turns have: all but what works apart."""
-    apart = [demand for demand in demands if demand.is_apart]
-    taken = sum(demand.section.count * demand.threads_of(_cores_apart(capacity)) for demand in apart)
-    return max(1, int(capacity.cpus) - taken)
-
-
-def _share(total: float, parts: int, at_most: float) -> float:
-    # Ray counts in steps of 1/10000; hundredths are readable and never add up to more than there is.
-    return min(at_most, math.floor(100 * total / parts) / 100)
-
-
-def take_turns(demands: Sequence[RoleDemand], shares: Mapping[str, RoleShare], capacity: Capacity) -> bool:
-    """Whether the roles have more threads, or want more GPUs, than there are, and must work in turn; those
-    that are apart do not."""
-    together = [demand for demand in demands if not demand.is_apart]
-    threads = sum(demand.section.count * shares[demand.name].threads for demand in together)
-    gpus_shared = any(0 < shares[demand.name].gpus < 1 for demand in together)
-    too_many = threads > _cores_together(demands, capacity)
-    return gpus_shared or (too_many and not any(share.gpus for share in shares.values()))
 
 
 class Placement:
@@ -121,105 +48,159 @@ class Placement:
         ResourceError: the cluster does not have them, or not within `cluster.start_timeout`.
     """
 
-    def __init__(self, demands: Sequence[RoleDemand], cluster: ClusterSection, folder: RunFolder) -> None:
+    def __init__(
+        self,
+        demands: Sequence[RoleDemand],
+        cluster: ClusterSection,
+        folder: RunFolder,
+        section: PlacementSection | None = None,
+    ) -> None:
         capacity = Capacity.of_cluster()
         self.demands = {demand.name: demand for demand in demands}
-        self.shares = resolve_shares(demands, capacity)
+        self.layout: Layout = lay_out(demands, section or PlacementSection(), capacity)
+        self.shares = self.layout.shares
         self.cluster = cluster
         self.folder = folder
-        self.turns = Turns(take_turns(demands, self.shares, capacity))
+        is_shared = any(pool.is_shared for pool in self.layout.pools)
+        self.turns = Turns(is_shared or take_turns(demands, self.shares, capacity))
         self.timeline = Timeline()
         self._groups: list[ActorGroup] = []
-        self._first_bundle: dict[str, int] = {}
-        bundles: list[dict[str, float]] = []
-        for demand in demands:
-            self._first_bundle[demand.name] = len(bundles)
-            bundles += [self._bundle(demand)] * demand.section.count
-        self._group = self._reserve(bundles, capacity)
+        self._hosts: dict[str, type[Host]] = {}
+        self._devices = Devices()
+        self._reserved = self._reserve()
+        self._nodes = {name: _nodes_of(group) for name, group in self._reserved.items()}
+        self._seats = {
+            role: in_order_of_nodes(seats, self._nodes[pool.name])
+            for pool in self.layout.pools
+            for role, seats in pool.seats.items()
+        }
 
-    def _bundle(self, demand: RoleDemand) -> dict[str, float]:
-        share = self.shares[demand.name]
-        wanted = {"CPU": share.cpus, "GPU": share.gpus, "memory": float(demand.memory)}
-        return {name: amount for name, amount in wanted.items() if amount}
-
-    def _reserve(self, bundles: list[dict[str, float]], capacity: Capacity) -> PlacementGroup:
-        """Wait for the bundles; on one machine nothing can arrive later: too little is said at once."""
-        missing = self._missing(bundles, capacity)
+    def _reserve(self) -> dict[str, PlacementGroup]:
+        """Pool -> its group, all of them there. On one machine nothing can arrive later: too little is said
+        at once."""
+        pools = self.layout.pools
+        missing = ", ".join(never(pools, nodes_of_cluster()))
         if missing and self.cluster.address is None:
-            raise ResourceError(self._explain(missing, capacity))
-        group = placement_group(bundles, strategy="PACK")
-        if not group.wait(timeout_seconds=self.cluster.start_timeout):
-            remove_placement_group(group)
-            waited = f"after {self.cluster.start_timeout} s: "
-            in_use = (
-                missing or "the resources exist but are in use, or no single node has enough for an actor"
+            raise ResourceError(self._explain(missing))
+        groups = {
+            pool.name: placement_group(
+                pool.bundles,
+                strategy=pool.strategy,
+                bundle_label_selector=pool.labels if any(pool.labels) else None,
             )
-            raise ResourceError(waited + self._explain(in_use, Capacity.of_cluster()))
-        return group
+            for pool in pools
+        }
+        deadline = time.monotonic() + self.cluster.start_timeout
+        # Ray waits for whole seconds.
+        if not all(group.wait(math.ceil(max(0.0, deadline - time.monotonic()))) for group in groups.values()):
+            nodes = nodes_of_cluster()
+            for group in groups.values():
+                remove_placement_group(group)
+            missing = ", ".join(never(pools, nodes)) or (
+                f"the resources exist but are in use, or not together on single nodes ({fragments(nodes)})"
+            )
+            raise ResourceError(f"after {self.cluster.start_timeout} s: {self._explain(missing)}")
+        return groups
 
-    @staticmethod
-    def _missing(bundles: Sequence[Mapping[str, float]], capacity: Capacity) -> str:
-        """What the cluster lacks even when it is empty."""
-        have = {"CPU": capacity.cpus, "GPU": capacity.gpus, "memory": capacity.memory}
-        lacking = []
-        for name, amount in have.items():
-            asked = sum(bundle.get(name, 0.0) for bundle in bundles)
-            if asked > amount + 1e-6:
-                lacking.append(f"{_amount(name, asked - amount)} more")
-        return ", ".join(lacking)
-
-    def _explain(self, missing: str, capacity: Capacity) -> str:
-        asked = "; ".join(
-            f"{demand.section.count} x {name} with "
-            + ", ".join(_amount(kind, amount) for kind, amount in self._bundle(demand).items())
-            for name, demand in self.demands.items()
-        )
+    def _explain(self, missing: str) -> str:
+        capacity = Capacity.of_cluster()
+        asked = "; ".join(self._asked(pool) for pool in self.layout.pools)
         have = ", ".join(
-            _amount(name, amount)
-            for name, amount in (("CPU", capacity.cpus), ("GPU", capacity.gpus), ("memory", capacity.memory))
+            amount(kind, number)
+            for kind, number in (
+                ("CPU", capacity.cpus),
+                ("GPU", capacity.gpus),
+                ("memory", capacity.memory),
+            )
         )
         return (
             f"placement: asks for {asked}. The cluster has {have}. Missing: {missing}. Lower "
             "placement.<role>.count, cpus or gpus, use a smaller model, or give the cluster more"
         )
 
+    def _asked(self, pool: Pool) -> str:
+        if pool.is_shared:
+            return f"{len(pool.bundles)} x ({', '.join(pool.seats)}) with {amounts(pool.bundles[0])}"
+        parts = []
+        for role in pool.seats:
+            share, demand = self.shares[role], self.demands[role]
+            wanted = {"CPU": share.cpus, "GPU": share.gpus, "memory": float(demand.memory)}
+            parts.append(f"{demand.section.count} x {role} with {amounts(wanted)}")
+        return "; ".join(parts)
+
+    # Where actors are
+
+    def node_numbers(self, role: str) -> tuple[int, ...]:
+        """By rank, the node: 0, 1, … in the order of ranks."""
+        nodes = self._nodes[self.layout.pool_of(role).name]
+        names = [nodes[seat[0]] for seat in self._seats[role]]
+        return tuple(list(dict.fromkeys(names)).index(name) for name in names)
+
+    def shares_devices(self, role: str) -> bool:
+        """Whether other roles have its devices while it rests."""
+        return self.layout.pool_of(role).is_shared
+
+    def devices(self, group: ActorGroup) -> list[str]:
+        """The GPUs of a role, by names that are unique in the cluster; none where it has no GPU."""
+        if not self.shares[group.name].gpus:
+            return []
+        pool = self.layout.pool_of(group.name)
+        if pool.is_shared or self.layout.spans(group.name):
+            return [f"{pool.name}/{bundle}" for seat in self._seats[group.name] for bundle in seat]
+        return group.gpus()
+
+    # Actors
+
     def start(self, name: str, host: type[Host] = Host) -> ActorGroup:
         """Start the actors of a role; their workers are built by `ActorGroup.build`."""
-        share, demand = self.shares[name], self.demands[name]
-        handles = [
-            self._start_host(
-                f"{name}-{rank}" if demand.section.count > 1 else name,
-                share,
-                self._first_bundle[name] + rank,
-                host,
+        self._hosts[name] = host
+        handles = [self.start_one(name, rank) for rank in range(self.demands[name].section.count)]
+        timeout = self.cluster.call_timeout
+        if self.shares_devices(name):
+            return self._listed(
+                SharingGroup(name, handles, self.turns, self.timeline, timeout, self._devices)
             )
-            for rank in range(demand.section.count)
-        ]
-        return self._grouped(name, handles)
+        turns = Turns(enabled=False) if self.demands[name].is_apart else self.turns
+        return self._listed(ActorGroup(name, handles, turns, self.timeline, timeout))
+
+    def start_one(self, name: str, rank: int) -> ActorHandle:
+        """Start the actor of a rank, or another in the place of one that has died: in its bundle."""
+        pool, seat = self.layout.pool_of(name), self._seats[name][rank]
+        label = f"{name}-{rank}" if self.demands[name].section.count > 1 else name
+        share = self.shares[name]
+        strategy = PlacementGroupSchedulingStrategy(
+            self._reserved[pool.name],
+            placement_group_bundle_index=seat[0],
+            # The workers of an engine that spans bundles are its children.
+            placement_group_capture_child_tasks=len(seat) > 1,
+        )
+        return self._start_host(label, share, strategy, self._hosts[name], seat)
 
     def start_helper(self, name: str) -> ActorGroup:
         """Start an actor that needs no share of its own: it works little, and while the others wait."""
-        return self._grouped(name, [self._start_host(name, RoleShare(0, 0, 1), None)])
+        handle = self._start_host(name, RoleShare(0, 0, 1), "DEFAULT", Host, ())
+        return self._listed(ActorGroup(name, [handle], self.turns, self.timeline, self.cluster.call_timeout))
 
-    def _grouped(self, name: str, handles: list[ActorHandle]) -> ActorGroup:
-        is_apart = name in self.demands and self.demands[name].is_apart
-        turns = Turns(enabled=False) if is_apart else self.turns
-        group = ActorGroup(name, handles, turns, self.timeline, self.cluster.call_timeout)
+    def _listed(self, group: ActorGroup) -> ActorGroup:
         self._groups.append(group)
         return group
 
     def _start_host(
-        self, name: str, share: RoleShare, bundle: int | None, host: type[Host] = Host
+        self,
+        name: str,
+        share: RoleShare,
+        strategy: PlacementGroupSchedulingStrategy | str,
+        host: type[Host],
+        seat: Seat,
     ) -> ActorHandle:
-        strategy: PlacementGroupSchedulingStrategy | str = "DEFAULT"
-        if bundle is not None:
-            strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+        spans = len(seat) > 1
         log = self.folder.logs.resolve() / f"{name}.log"
         actor = ray.remote(host).options(
             num_cpus=share.cpus,
-            num_gpus=share.gpus,
+            # The GPUs of an engine that spans bundles are for its workers.
+            num_gpus=0 if spans else share.gpus,
             scheduling_strategy=strategy,
-            runtime_env={"env_vars": _environment(share.threads)},
+            runtime_env={"env_vars": _environment(share.threads) | (_spanning(seat, share) if spans else {})},
             # Ray's default is 1000 where calls run beside each other; every prompt in flight is one.
             **({"max_concurrency": MAX_CALLS} if issubclass(host, AsyncHost) else {}),
         )
@@ -237,7 +218,8 @@ class Placement:
             ray.wait(closing, num_returns=len(closing), timeout=timeout)
         for group in self._groups:
             group.kill()
-        remove_placement_group(self._group)
+        for reserved in self._reserved.values():
+            remove_placement_group(reserved)
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -254,7 +236,15 @@ def _environment(threads: int) -> dict[str, str]:
     }
 
 
-def _amount(kind: str, amount: float) -> str:
-    if kind == "memory":
-        return f"{amount / GIB:.1f} GiB memory"
-    return f"{amount:g} {kind}"
+def _spanning(seat: Seat, share: RoleShare) -> dict[str, str]:
+    """What tells vLLM where to put the workers of a tensor-parallel engine."""
+    return {
+        "VLLM_RAY_BUNDLE_INDICES": ",".join(map(str, seat)),
+        "VLLM_RAY_PER_WORKER_GPUS": f"{share.gpus / len(seat):.4g}",
+    }
+
+
+def _nodes_of(group: PlacementGroup) -> list[str]:
+    """Of each bundle."""
+    nodes = placement_group_table(group)["bundles_to_node_id"]
+    return [str(nodes[index]) for index in range(group.bundle_count)]

@@ -29,6 +29,12 @@ class ScriptedEngine(TokenGenerator):
     def token_logprobs(self, sequences: Ragged) -> Ragged:
         raise NotImplementedError
 
+    def rest(self) -> None:
+        raise NotImplementedError
+
+    def wake(self, weights_only: bool = False) -> None:
+        raise NotImplementedError
+
     def init_weight_transfer_engine(self, init_info: dict[str, object]) -> None:
         raise NotImplementedError
 

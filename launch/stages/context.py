@@ -114,7 +114,7 @@ class StageContext:
     @contextmanager
     def placement(self, demands: Sequence[RoleDemand]) -> Iterator[Placement]:
         """The stage's resources. On leaving, every actor is closed and the resources are given back."""
-        placement = Placement(demands, self.config.cluster, self.folder)
+        placement = Placement(demands, self.config.cluster, self.folder, self.config.placement)
         try:
             yield placement
         finally:
@@ -126,8 +126,10 @@ class StageContext:
         return RoleDemand(role, section, self.main_memory(memory))
 
     def main_memory(self, on_cpu: int) -> int:
-        """Bytes of main memory of an actor: with GPUs the model lives there."""
-        return PROCESS if Capacity.of_cluster().gpus else on_cpu
+        """Bytes of main memory of an actor: with GPUs the model lives there, unless it waits here."""
+        config = self.config
+        is_moved = config.placement.mode != "auto" or config.training.offload_optimizer != "none"
+        return PROCESS if Capacity.of_cluster().gpus and not is_moved else on_cpu
 
     def build_trained(
         self,
@@ -146,20 +148,28 @@ class StageContext:
             num_steps: optimizer steps of the whole stage.
             options: further arguments of the worker.
         """
-        share = placement.shares[group.name]
-        master = group.address()
         specs = [
             WorkerSpec(
                 optimizer=optimizer,
                 training=self.config.training,
-                world=World(rank, len(group), master, share.threads, use_gpu=share.gpus > 0),
+                world=world,
                 total_steps=num_steps,
                 seed=self.seed,
             )
-            for rank in range(len(group))
+            for world in self.worlds(placement, group)
         ]
         arguments = [{"spec": spec, **options} for spec in specs]
         group.build(f"rlhf_ray.workers.{factory}", arguments, self.config.cluster.start_timeout)
+
+    @staticmethod
+    def worlds(placement: Placement, group: ActorGroup) -> list[World]:
+        """Of each rank of a group that computes together."""
+        share, nodes = placement.shares[group.name], placement.node_numbers(group.name)
+        master = group.address()
+        return [
+            World(rank, len(group), master, share.threads, share.gpus > 0, nodes)
+            for rank in range(len(group))
+        ]
 
     @staticmethod
     def device(placement: Placement, role: str) -> torch.device:

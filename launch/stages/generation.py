@@ -86,6 +86,7 @@ def build_engines(
     if engine.backend == "vllm":
         for rank, own in enumerate(arguments):
             own |= {"seed": derive_seed(context.seed, rank), "weight_backend": weight_backend}
+            own["sleeps"] = placement.shares_devices(group.name)
     factory = _FACTORIES[engine.backend]
     if online is not None and online.environment is not None:
         episodes = {

@@ -30,7 +30,9 @@ from rlhf_ray.roles import Reference
 from rlhf_ray.types import Prompts, Ragged
 from rlhf_ray.weights.sync import Backend, TransferSpec, choose_backend
 
-PROBE_ROWS, PROBE_TOKENS = 8, 64
+PROBE_ROWS, PROBE_TOKENS = 8, 32
+"""Fewer would do for wrong weights, which are off by many times the tolerance; movement
+below it needs more."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,18 @@ def demands(context: StageContext, models: OnlineModels) -> list[RoleDemand]:
     found = [
         context.demand_trained("policy", models.policy),
         *demand_rewards(context, models.policy, models.rewards),
-        demand_engine(context, models.policy, is_apart=section.max_lag > 0 or streams(context)),
+        demand_engine(context, models.policy, is_apart=_engines_apart(context, section)),
     ]
     if section.uses_critic:
         found.append(context.demand_trained("critic", models.policy))
     if section.uses_reference and not adapters_hold_reference(context, models):
         found.append(demand_reference(context, models.reference))
     return found
+
+
+def _engines_apart(context: StageContext, section: OnlineSection) -> bool:
+    mode = context.config.placement.mode
+    return mode == "disaggregated" or section.max_lag > 0 or streams(context)
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ class OnlineBuilder:
         policy = self.placement.start("policy")
         backend: Backend = "gloo"  # transformers receives over gloo, whatever device it is on
         if config.engine.backend == "vllm":
-            backend = choose_backend(policy.gpus(), engines.gpus())
+            backend = choose_backend(self.placement.devices(policy), self.placement.devices(engines))
         max_model_len = self.section.max_prompt_length + self.section.max_response_length
         build_engines(
             self.context,

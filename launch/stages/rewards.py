@@ -159,6 +159,7 @@ def build_scorer(
             policy=policy,
             model=rewards.judge,
             engine=context.config.engine,
+            sleeps=placement.shares_devices("judge"),
         )
     reward = _build(
         context,

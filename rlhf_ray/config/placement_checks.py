@@ -95,6 +95,12 @@ def _turns(parts: Parts, placement: PlacementSection, training: TrainingSection)
             "waiting models move to main memory, which DeepSpeed does from ZeRO 1 on; use "
             "training.zero_stage: 1, 2 or 3",
         )
+    if training.lora is not None and training.zero_stage == 3:
+        yield (
+            mode,
+            "at training.zero_stage=3 DeepSpeed cannot move the frozen weights beside adapters; use 1 or 2, "
+            "or placement.mode: auto",
+        )
     if training.offload_parameters != "none" and training.offload_optimizer == "none":
         yield (
             mode,

@@ -24,6 +24,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf_ray.config.schema import OptimizerSection, TrainingSection
+from rlhf_ray.engines.partitioned import loading_in_parts
+from rlhf_ray.engines.resting import DeviceState, offload_config
 from rlhf_ray.errors import CheckpointError
 from rlhf_ray.weights.source import ModuleWeightSource
 
@@ -38,6 +40,7 @@ class World:
     Fields:
         master: host:port of rank 0's rendezvous.
         threads: CPU threads of this process.
+        nodes: of each rank, numbered from 0; ranks of a node follow each other. Empty where there is one.
     """
 
     rank: int
@@ -45,6 +48,25 @@ class World:
     master: str
     threads: int
     use_gpu: bool
+    nodes: tuple[int, ...] = ()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What torch and DeepSpeed read of a rank and its node."""
+        host, port = self.master.rsplit(":", 1)
+        nodes = self.nodes or (0,) * self.size
+        node = nodes[self.rank]
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.size),
+            # As an index of devices: Ray shows an actor only its own GPU. Without GPUs it is what it says.
+            "LOCAL_RANK": "0" if self.use_gpu else str(nodes[: self.rank].count(node)),
+            "LOCAL_SIZE": str(nodes.count(node)),
+            "LOCAL_WORLD_SIZE": str(nodes.count(node)),
+            "NODE_RANK": str(node),
+            "MASTER_ADDR": host,
+            "MASTER_PORT": port,
+        }
 
     @property
     def device(self) -> torch.device:
@@ -57,15 +79,7 @@ def init_world(world: World) -> None:
 
     Sets what DeepSpeed reads from the environment before it is imported.
     """
-    host, port = world.master.rsplit(":", 1)
-    os.environ.update(
-        RANK=str(world.rank),
-        WORLD_SIZE=str(world.size),
-        LOCAL_RANK="0",
-        LOCAL_SIZE=str(world.size),
-        MASTER_ADDR=host,
-        MASTER_PORT=port,
-    )
+    os.environ.update(world.environment)
     if not world.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(world.threads)
@@ -88,11 +102,20 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
+def gather_objects(part: T, num_ranks: int) -> list[T]:
+    """Every rank's part, in the order of ranks, on every rank."""
+    if num_ranks == 1:
+        return [part]
+    parts: list[T | None] = [None] * num_ranks
+    dist.all_gather_object(parts, part)
+    return parts  # type: ignore[return-value]
+
+
 class TrainEngine:
     """A module, its AdamW and its schedule under ZeRO 0 to 3.
 
     Args:
-        build: makes the module, with the whole model on every rank; stage 3 partitions it afterwards.
+        build: makes the module; at stage 3 what it loads is in parts already, each rank having its own.
         total_steps: optimizer steps of the whole run, for the schedule.
     """
 
@@ -110,7 +133,9 @@ class TrainEngine:
         self.precision = training.precision
         self.zero_stage = training.zero_stage
         self.lora = training.lora
-        module = build().to(world.device)
+        config = self._deepspeed_config(optimizer, training)
+        with loading_in_parts(config, enabled=self.zero_stage == 3):
+            module = build().to(world.device)
         if training.gradient_checkpointing:
             assert isinstance(module.model, PreTrainedModel)
             # See `token_stats` on frozen weights.
@@ -135,14 +160,15 @@ class TrainEngine:
             lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(
                 opt, _schedule(optimizer, total_steps)
             ),
-            config=self._deepspeed_config(optimizer),
+            config=config,
         )
+        self.state_on_device = DeviceState(self.engine, training, world.device)
         if self.zero_stage == 0 and world.size == 1:
             # With nobody to add up with, the all-reduce still copies every gradient twice: seconds a step on
             # a CPU.
             self.engine.enable_backward_allreduce = False
 
-    def _deepspeed_config(self, optimizer: OptimizerSection) -> dict[str, object]:
+    def _deepspeed_config(self, optimizer: OptimizerSection, training: TrainingSection) -> dict[str, object]:
         return {
             "train_micro_batch_size_per_gpu": 1,
             # Every step() is a boundary: the number of micro-batches varies with their lengths.
@@ -154,6 +180,7 @@ class TrainEngine:
                 "overlap_comm": False,
                 # Keep small tensors (norms, biases) whole instead of gathering each of them.
                 "stage3_param_persistence_threshold": 10_000,
+                **offload_config(training, pin_memory=self.world.use_gpu),
             },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -193,12 +220,7 @@ class TrainEngine:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def gather_objects(self, part: T) -> list[T]:
-        """Every rank's part, in the order of ranks, on every rank."""
-        if self.world.size == 1:
-            return [part]
-        parts: list[T | None] = [None] * self.world.size
-        dist.all_gather_object(parts, part)
-        return parts  # type: ignore[return-value]
+        return gather_objects(part, self.world.size)
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Name in a checkpoint -> whole tensor on CPU, adapters merged, on rank 0 ({} elsewhere)."""
@@ -274,7 +296,9 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
     """What is trained; decay matrices, not norms and biases."""
     trained = [p for p in module.parameters() if p.requires_grad]
     # DeepSpeed takes no empty group.
-    groups = {True: [p for p in trained if p.dim() >= 2], False: [p for p in trained if p.dim() < 2]}
+    # At ZeRO 3 a parameter's own shape is that of nothing.
+    is_matrix = {p: len(getattr(p, "ds_shape", p.shape)) >= 2 for p in trained}
+    groups = {decays: [p for p in trained if is_matrix[p] == decays] for decays in (True, False)}
     if weight_decay == 0:
         groups = {False: trained}
     return [

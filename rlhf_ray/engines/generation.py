@@ -116,6 +116,17 @@ class TokenGenerator(ABC):
                     f"{self._max_model_len}"
                 )
 
+    @abstractmethod
+    def rest(self) -> None:
+        """Give the device to others: nothing may be asked before `wake`."""
+
+    @abstractmethod
+    def wake(self, weights_only: bool = False) -> None:
+        """
+        Args:
+            weights_only: to receive weights, and not yet to generate.
+        """
+
     @property
     def version(self) -> int:
         """Of the weights."""

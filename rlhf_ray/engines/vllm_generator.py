@@ -33,6 +33,8 @@ ENVIRONMENT = {
     # The model is a folder; nothing has to be looked up elsewhere.
     "HF_HUB_OFFLINE": "1",
 }
+MEMORY = ("weights", "kv_cache")
+"""What an engine has on its device, by vLLM's names, in the order in which it comes back."""
 CPU_BATCHED_TOKENS = 4096
 """Tokens of one forward pass of the engine."""
 
@@ -54,6 +56,7 @@ class VLLMGenerator(SteppedGenerator):
         weight_backend: str = "gloo",
         version: int = UNKNOWN_VERSION,
         kv_on_update: KVOnUpdate | None = None,
+        sleeps: bool = False,
     ) -> None:
         """
         Args:
@@ -63,6 +66,7 @@ class VLLMGenerator(SteppedGenerator):
             version: as in `TokenGenerator`.
             kv_on_update: what becomes of the KV cache of answers that are under way when weights change; None
                 where none ever are.
+            sleeps: whether it will be asked to `rest`.
         """
         super().__init__(max_model_len, version)
         os.environ.update(ENVIRONMENT)
@@ -72,9 +76,12 @@ class VLLMGenerator(SteppedGenerator):
         self._kv_on_update = kv_on_update
         self._num_updates = 0
         self._asked: dict[str, Ask] = {}
+        self._asleep: set[str] = set()
         # A step that is still under way when weights change would be stamped with a version that is not its
         # own.
         options = {} if kv_on_update is None else {"async_scheduling": False}
+        if sleeps and on_gpu():
+            options["enable_sleep_mode"] = True
         self._llm = _build(model_folder, section, max_model_len, seed, weight_backend, options)
         self._stamp(version)
 
@@ -108,6 +115,17 @@ class VLLMGenerator(SteppedGenerator):
         self._llm.llm_engine.abort_request(list(keys))
         for key in keys:
             del self._asked[key]
+
+    def rest(self) -> None:
+        """Weights move to main memory; what is cached is dropped. On a CPU vLLM only says that it did."""
+        self._llm.sleep(level=1)
+        self._asleep = set(MEMORY)
+
+    def wake(self, weights_only: bool = False) -> None:
+        tags = [tag for tag in MEMORY if tag in self._asleep and (tag == "weights" or not weights_only)]
+        if tags:
+            self._llm.wake_up(tags)
+        self._asleep -= set(tags)
 
     def init_weight_transfer_engine(self, init_info: dict[str, object]) -> None:
         self._on_workers("init_weight_transfer_engine", init_info=init_info)
@@ -200,9 +218,10 @@ def engine_arguments(
     model_folder: str, section: EngineSection, max_model_len: int, seed: int, weight_backend: str
 ) -> dict[str, Any]:
     """What `vllm.LLM` is built with on this machine."""
-    on_gpu = torch.cuda.is_available()
     device_options: dict[str, Any] = {"gpu_memory_utilization": section.gpu_memory_utilization}
-    if not on_gpu:
+    if spans_bundles():
+        device_options["distributed_executor_backend"] = "ray"
+    if not on_gpu():
         device_options = {
             "kv_cache_memory_bytes": int(section.cpu_kv_cache_gib * 2**30),
             # vLLM winds a seeded request's random generator back after each piece of a prompt, which the
@@ -219,13 +238,23 @@ def engine_arguments(
         "tensor_parallel_size": section.tensor_parallel_size,
         "max_model_len": max_model_len,
         "max_num_seqs": section.max_num_seqs,
-        "enforce_eager": not on_gpu,
+        "enforce_eager": not on_gpu(),
         "logprobs_mode": "processed_logprobs",
         "weight_transfer_config": {"backend": weight_backend},
         "seed": seed,
         "disable_log_stats": True,
         **device_options,
     }
+
+
+def spans_bundles() -> bool:
+    """Whether the workers are actors in bundles of their own, which the environment names."""
+    return "VLLM_RAY_BUNDLE_INDICES" in os.environ
+
+
+def on_gpu() -> bool:
+    """Of an engine that spans bundles, the workers have the GPUs, and this process has none."""
+    return spans_bundles() or torch.cuda.is_available()
 
 
 def _is_whole(output: RequestOutput | PoolingRequestOutput[Any]) -> TypeGuard[RequestOutput]:

@@ -165,6 +165,12 @@ class EnvironmentGenerator:
     def token_logprobs(self, sequences: Ragged) -> Ragged:
         return self._engine.token_logprobs(sequences)
 
+    def rest(self) -> None:
+        self._engine.rest()
+
+    def wake(self, weights_only: bool = False) -> None:
+        self._engine.wake(weights_only)
+
     def init_weight_transfer_engine(self, init_info: dict[str, object]) -> None:
         self._engine.init_weight_transfer_engine(init_info)
 

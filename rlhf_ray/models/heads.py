@@ -5,6 +5,8 @@ Both are `nn.Module`s whose forward does everything: ZeRO-3 gathers parameters o
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +15,18 @@ from transformers import PreTrainedModel
 from rlhf_ray.models.batching import TokenBatch
 from rlhf_ray.models.sizes import CHUNK_TOKENS
 from rlhf_ray.models.target_stats import Memory, TokenStats, target_stats
+
+
+class SequenceGroup(Protocol):
+    """Ranks that share the tokens of every sequence."""
+
+    def part(self, batch: TokenBatch) -> TokenBatch:
+        """What this rank computes of it."""
+        ...
+
+    def join(self, values: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+        """[N, …] of all selected positions of the batch, from those [n, …] of this rank's part."""
+        ...
 
 
 def token_stats(
@@ -68,18 +82,26 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.model = model
         self.token_budget = token_budget
+        self.sequence_group: SequenceGroup | None = None
 
     def forward(
         self, batch: TokenBatch, temperature: float = 1.0, entropy_has_grad: bool = False
     ) -> TokenStats:
-        return token_stats(
+        group = self.sequence_group
+        own = group.part(batch) if group else batch
+        stats = token_stats(
             self.model.get_output_embeddings(),
-            hidden_states(self.model, batch),
-            batch.targets,
+            hidden_states(self.model, own),
+            own.targets,
             temperature,
-            num_head_chunks(self.token_budget or len(batch.targets)),
+            num_head_chunks(self.token_budget or len(own.targets)),
             entropy_has_grad,
         )
+        if group is None:
+            return stats
+        columns = torch.stack([stats.logprobs, stats.entropy, stats.is_top.to(stats.logprobs.dtype)], dim=1)
+        logprobs, entropy, is_top = group.join(columns, batch).unbind(1)
+        return TokenStats(logprobs, entropy if entropy_has_grad else entropy.detach(), is_top > 0)
 
 
 class ScalarModel(nn.Module):
@@ -92,10 +114,13 @@ class ScalarModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.sequence_group: SequenceGroup | None = None
 
     def forward(self, batch: TokenBatch) -> torch.Tensor:
+        group = self.sequence_group
         head = self.model.get_submodule("score")
-        return head(hidden_states(self.model, batch)).squeeze(-1).float()
+        scores = head(hidden_states(self.model, group.part(batch) if group else batch)).squeeze(-1).float()
+        return group.join(scores, batch) if group else scores
 
 
 def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:

@@ -11,6 +11,8 @@ import importlib.resources
 import importlib.util
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_ray.config.schema import EMBEDDED_MODEL, EMBEDDED_TEMPLATES, ModelSection
+from rlhf_ray.config.schema import EMBEDDED_MODEL, EMBEDDED_TEMPLATES, Attention, ModelSection
 from rlhf_ray.errors import ModelError
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -160,14 +162,20 @@ def max_model_length(section: ModelSection) -> int:
     return int(getattr(config, "max_position_embeddings", 1 << 30))
 
 
-def load_policy_model(section: ModelSection, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_policy_model(
+    section: ModelSection, dtype: torch.dtype = torch.float32, attention: Attention = "auto"
+) -> PreTrainedModel:
     """A causal language model, dropout off: log-probs of the same weights must be equal at every call."""
-    model = _load(AutoModelForCausalLM, section, dtype)
+    model = _load(AutoModelForCausalLM, section, dtype, **_attention(attention))
     return _without_dropout(model)
 
 
 def load_scalar_model(
-    section: ModelSection, seed: int, dtype: torch.dtype = torch.float32
+    section: ModelSection,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    attention: Attention = "auto",
+    whole: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
 ) -> PreTrainedModel:
     """Reward model or critic: one output a token (`score`), as `AutoModelForSequenceClassification`.
 
@@ -175,6 +183,9 @@ def load_scalar_model(
     so that every rank has the same one (Stiennon et al. 2020, appendix B, write N(0, 1 / (hidden + 1));
     read as a standard deviation, the first scores are near 0 and the first loss near log 2, and learning
     need not undo a random opinion first). From a reward model it is kept.
+
+    Args:
+        whole: in its block a layer that is held in parts may be written to.
     """
     config = AutoConfig.from_pretrained(materialise(section), trust_remote_code=section.trust_remote_code)
     has_head = any("SequenceClassification" in name for name in config.architectures or [])
@@ -182,18 +193,22 @@ def load_scalar_model(
         raise ModelError(
             f"model.path={section.path}: a classifier of {config.num_labels} labels; a reward model has one"
         )
-    model = _load(AutoModelForSequenceClassification, section, dtype, num_labels=1)
+    model = _load(AutoModelForSequenceClassification, section, dtype, num_labels=1, **_attention(attention))
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ModelError(f"model.path={section.path}: {type(model).__name__} has no scalar head `score`")
     if not has_head:
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
+        with torch.no_grad(), whole(head):
             std = 1 / (head.in_features + 1)
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
             if head.bias is not None:
                 head.bias.zero_()
     return _without_dropout(model)
+
+
+def _attention(name: Attention) -> dict[str, object]:
+    return {} if name == "auto" else {"attn_implementation": name}
 
 
 def _load(auto: type, section: ModelSection, dtype: torch.dtype, **options: object) -> PreTrainedModel:
@@ -202,6 +217,12 @@ def _load(auto: type, section: ModelSection, dtype: torch.dtype, **options: obje
         return auto.from_pretrained(  # type: ignore[attr-defined]
             source, dtype=dtype, trust_remote_code=section.trust_remote_code, **options
         )
+    except ImportError as error:
+        wanted = options.get("attn_implementation", "auto")
+        raise ModelError(
+            f"training.attention={wanted}: is not to be had here ({_first_line(error)}); install its "
+            "package, or use sdpa"
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.path={section.path}: cannot be loaded ({_first_line(error)})") from error
 

@@ -61,7 +61,7 @@ def time_stages(
                 cast.reference, training, ranks, spans=layout.spans_nodes("reference")
             )
         found.append(StageTime("reference", role, computing + gathers, computing, "operations of a pass"))
-    if online.recompute_old_logprobs:
+    if online.old_logprobs == "forward":
         found.append(_look("log-probs", "policy", config, cast, layout, clock))
     if cast.critic is not None:
         found.append(_look("values", "critic", config, cast, layout, clock))

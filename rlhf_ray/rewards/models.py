@@ -39,7 +39,11 @@ class ModelSource:
     ) -> None:
         self.name = name
         self.turn = turn
-        self.model = FrozenModel(ScalarModel(load_scalar_model(model, seed=0)), training, device)
+        self.model = FrozenModel(
+            lambda: ScalarModel(load_scalar_model(model, seed=0, attention=training.attention)),
+            training,
+            device,
+        )
         policy_tokenizer, tokenizer = load_tokenizer(policy), load_tokenizer(model)
         self.reads_sampled_ids = reads_alike(policy_tokenizer, tokenizer)
         # With the policy's ids, what ends an answer is the policy's matter: its formatter wrote the pairs

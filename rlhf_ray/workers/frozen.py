@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -10,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_ray.config.schema import ModelSection, TrainingSection
+from rlhf_ray.engines.deepspeed_engine import World, gather_objects, init_world, leave_world
+from rlhf_ray.engines.partitioned import FrozenParts
 from rlhf_ray.models.batching import TokenBatch, before_responses
 from rlhf_ray.models.heads import PolicyModel
 from rlhf_ray.models.inference import forward_rows, in_row_order, row_totals
@@ -22,17 +25,42 @@ Referenced = TypeVar("Referenced", bound=TwoAnswers)
 
 
 class FrozenModel:
-    """Forward passes with the trainer's own precision, so that equal weights give equal numbers."""
+    """Forward passes with the trainer's own precision, so that equal weights give equal numbers.
 
-    def __init__(self, module: torch.nn.Module, training: TrainingSection, device: torch.device) -> None:
-        self.module = module.eval().requires_grad_(False).to(device)
+    Args:
+        world: of ranks that hold a part of the model each, and compute a share of the rows; None where this
+            process has all of it.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], torch.nn.Module],
+        training: TrainingSection,
+        device: torch.device,
+        world: World | None = None,
+    ) -> None:
         self.training = training
         self.device = device
+        self.world = world
+        self.module: torch.nn.Module | FrozenParts
+        if world is None:
+            self.module = build().eval().requires_grad_(False).to(device)
+        else:
+            init_world(world)
+            self.module = FrozenParts(build, device)
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.training.precision == "mixed"
         )
+
+    def rest(self) -> None:
+        self.module.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        self.module.to(self.device)
 
     def forward_all(
         self,
@@ -47,34 +75,65 @@ class FrozenModel:
             out = self.module(batch, **options)
             return out if isinstance(out, torch.Tensor) else out.logprobs
 
-        training = self.training
+        training, (rank, size) = self.training, self._place
         shared = prompts if training.share_prompts else None
-        budget = training.tokens_per_micro_batch
-        (micro_batches,) = plan_micro_batches(sequences.lengths, 1, budget, shared)
+        plan = plan_micro_batches(sequences.lengths, size, training.tokens_per_micro_batch, shared)
         with self.autocast():
             part = forward_rows(
-                forward, sequences, is_source, micro_batches, training.layout, self.device, prompts
+                forward, sequences, is_source, plan[rank], training.layout, self.device, prompts
             )
-        return in_row_order([part])
+        return in_row_order(gather_objects(part, size))
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of ranks."""
+        return (0, 1) if self.world is None else (self.world.rank, self.world.size)
 
 
 class ReferenceWorker:
-    """Log-probs under the policy that training started from."""
+    """Log-probs under the policy that training started from.
+
+    Args:
+        world: as in `FrozenModel`.
+    """
 
     def __init__(
-        self, model: ModelSection, training: TrainingSection, device: torch.device, threads: int
+        self,
+        model: ModelSection,
+        training: TrainingSection,
+        device: torch.device,
+        threads: int,
+        world: World | None = None,
     ) -> None:
         torch.set_num_threads(threads)
-        module = PolicyModel(load_policy_model(model), training.lockstep_tokens)
+        # In parts, every rank has to take equally many steps.
+        budget = training.tokens_per_micro_batch if world else training.lockstep_tokens
+
+        loaded: list[PolicyModel] = []
+
+        def build() -> PolicyModel:
+            loaded.append(PolicyModel(load_policy_model(model, attention=training.attention), budget))
+            return loaded[0]
+
+        self.model = FrozenModel(build, training, device, world)
         if training.share_prompts:
-            check_sharing(module.model)
-        self.model = FrozenModel(module, training, device)
+            check_sharing(loaded[0].model)
 
     def logprobs(self, rollouts: Rollouts, temperature: float) -> Ragged:
         """At the sampler's temperature; one value a response token."""
         sequences, prompts = rollouts.sequences, rollouts.prompts
         is_source = before_responses(prompts.lengths, sequences)
         return self.model.forward_all(sequences, is_source, prompts, temperature=temperature)
+
+    def rest(self) -> None:
+        self.model.rest()
+
+    def wake(self, weights_only: bool = False) -> None:
+        self.model.wake()
+
+    def close(self) -> None:
+        if self.model.world is not None:
+            leave_world()
 
     def answer(self, batch: Referenced) -> Referenced:
         """The batch with the log-probs of its answers, at temperature 1, filled in."""

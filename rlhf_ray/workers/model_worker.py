@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.algorithms.metrics import MetricSums, finalise, merge, pack, unpack
 from rlhf_ray.config.schema import Layout, OptimizerSection, TrainingSection
 from rlhf_ray.engines.deepspeed_engine import TrainEngine, World, init_world, leave_world
+from rlhf_ray.engines.sequence_parallel import SequenceGroup
 from rlhf_ray.models.adapters import add_adapter, save_adapter
-from rlhf_ray.models.batching import TokenBatch
+from rlhf_ray.models.batching import TokenBatch, same_prompts
 from rlhf_ray.models.heads import PolicyModel, ScalarModel
 from rlhf_ray.models.inference import forward_rows, in_row_order
 from rlhf_ray.models.loading import save_model_folder
@@ -80,17 +81,25 @@ class ModelWorker:
         self.name = name
         self.spec = spec
         self.world = spec.world
+        self.num_sharing = spec.training.sequence_parallel_size
+        """Ranks that compute the same rows."""
         self.tokenizer = tokenizer
 
         def adapted() -> nn.Module:
             module = build()
-            if spec.training.share_prompts:
-                check_sharing(module.model)
             if spec.training.lora is not None:
                 add_adapter(module, spec.training.lora, spec.seed)
+            if self.num_sharing > 1:
+                module.sequence_group = SequenceGroup(
+                    module.model, self.world.rank, self.world.size, self.num_sharing
+                )
             return module
 
         self.engine = TrainEngine(adapted, spec.optimizer, spec.training, spec.world, spec.total_steps)
+        if spec.training.share_prompts:
+            model = self.engine.module.model
+            assert isinstance(model, PreTrainedModel)
+            check_sharing(model)
 
     def update(
         self,
@@ -102,14 +111,17 @@ class ModelWorker:
     ) -> Metrics:
         """Train on a batch: `num_epochs` passes of `num_mini_batches` optimizer steps each.
 
-        Rows are shuffled for every pass by (seed, step): alike on every rank, and in a resumed run.
+        Prompts, with all their rows, are shuffled for every pass by (seed, step): alike on every rank, and in
+        a resumed run.
         """
         self.engine.engine.train()
         generator = np.random.default_rng([self.spec.seed, step])
+        prompts = objective.prompts(batch)
+        groups = np.arange(len(batch)) if prompts is None else same_prompts(prompts)
         sums: list[MetricSums] = []
         grad_norms: list[float] = []
         for _ in range(num_epochs):
-            order = generator.permutation(len(batch)) if num_mini_batches > 1 else np.arange(len(batch))
+            order = shuffled(groups, generator) if num_mini_batches > 1 else np.arange(len(batch))
             for rows in np.array_split(order, num_mini_batches):
                 sums.append(self._accumulate(objective, batch.select(rows)))
                 learning_rate = self.engine.learning_rate
@@ -148,13 +160,16 @@ class ModelWorker:
     def _my_micro_batches(self, lengths: NDArray[np.int64], prompts: Ragged | None) -> list[list[int]]:
         training = self.spec.training
         shared = prompts if training.share_prompts else None
-        budget = training.tokens_per_micro_batch
-        return plan_micro_batches(lengths, self.world.size, budget, shared)[self.world.rank]
+        num_groups, budget = self.world.size // self.num_sharing, training.tokens_per_micro_batch
+        plan = plan_micro_batches(lengths, num_groups, budget * self.num_sharing, shared)
+        return plan[self.world.rank // self.num_sharing]
 
     def _reduce(self, parts: list[MetricSums]) -> Metrics:
         merged = merge(parts)
         if self.world.size > 1:
             sums, maxima = (tensor.to(self.world.device) for tensor in pack(merged))
+            if self.world.rank % self.num_sharing:
+                sums.zero_()  # those who share rows count them once
             dist.all_reduce(sums)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
             merged = unpack(merged, sums.cpu(), maxima.cpu())
@@ -203,5 +218,19 @@ class ModelWorker:
     def load_state(self, folder: Path) -> None:
         self.engine.load_state(folder)
 
+    def rest(self) -> None:
+        """Give the device to others: nothing else may be asked before `wake`."""
+        self.engine.state_on_device.rest()
+
+    def wake(self, weights_only: bool = False) -> None:
+        """weights_only: is for engines."""
+        self.engine.state_on_device.wake()
+
     def close(self) -> None:
         leave_world()
+
+
+def shuffled(groups: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
+    """[B] rows, group after group in random order. groups: [B], numbered from 0."""
+    place = np.argsort(generator.permutation(groups.max(initial=-1) + 1))
+    return np.argsort(place[groups], kind="stable")

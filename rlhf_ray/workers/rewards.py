@@ -84,9 +84,11 @@ class RewardWorker(_Sources):
         self.has_environment = has_environment
         torch.set_num_threads(threads)
         self.sections = [section for section, _ in sources]
+        self.models: list[ModelSource] = []
         turn = asyncio.Lock()
         for section, models in sources:
             members = [ModelSource(section.name, m, policy, training, device, turn) for m in models]
+            self.models += members
             if not isinstance(section, JudgeReward):
                 source = _source(section, members, tokens.get(section.name))
                 size = section.batch_size if isinstance(section, HttpReward) else None
@@ -124,6 +126,14 @@ class RewardWorker(_Sources):
             },
             events=self._events(outcomes),
         )
+
+    def rest(self) -> None:
+        for member in self.models:
+            member.model.rest()
+
+    def wake(self, weights_only: bool = False) -> None:
+        for member in self.models:
+            member.model.wake()
 
     def _events(self, outcomes: Mapping[str, Outcome]) -> Metrics:
         """Samples that a source failed on, and calls that were repeated; of sources that may survive that."""
@@ -173,7 +183,7 @@ class JudgeWorker(_Sources):
 
     Args:
         sections: with the templates themselves, not their files' names.
-        policy: whose tokens the rollouts are. model: that judges.
+        policy: whose tokens the rollouts are. model: that judges. sleeps: as in `VLLMGenerator`.
     """
 
     def __init__(
@@ -183,12 +193,13 @@ class JudgeWorker(_Sources):
         model: ModelSection,
         engine: EngineSection,
         threads: int,
+        sleeps: bool = False,
     ) -> None:
         super().__init__(policy)
         tokenizer = load_tokenizer(model)
         formatter = ChatFormatter(tokenizer, eos_token_ids(model, tokenizer))
         room = min(max(section.max_length for section in sections), max_model_length(model))
-        self.engine = _engine(model, engine, room, threads)
+        self.engine = _engine(model, engine, room, threads, sleeps)
         for section in sections:
             # vLLM samples one token after those that it is asked about.
             length = min(section.max_length, room - 1)
@@ -202,13 +213,23 @@ class JudgeWorker(_Sources):
         """
         return self.ask(rollouts)
 
+    def rest(self) -> None:
+        self.engine.rest()
 
-def _engine(model: ModelSection, section: EngineSection, max_model_len: int, threads: int) -> TokenGenerator:
+    def wake(self, weights_only: bool = False) -> None:
+        self.engine.wake(weights_only)
+
+
+def _engine(
+    model: ModelSection, section: EngineSection, max_model_len: int, threads: int, sleeps: bool
+) -> TokenGenerator:
     # Each brings in its own heavy library.
     if section.backend == "vllm":
         from rlhf_ray.engines.vllm_generator import VLLMGenerator
 
-        return VLLMGenerator(model.path, section, max_model_len, threads=threads, seed=0, version=0)
+        return VLLMGenerator(
+            model.path, section, max_model_len, threads=threads, seed=0, version=0, sleeps=sleeps
+        )
     from rlhf_ray.engines.hf_generator import HFGenerator
 
     return HFGenerator(model.path, section, max_model_len, threads=threads, version=0)

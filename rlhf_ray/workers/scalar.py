@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlhf_ray.config.schema import ModelSection, OnlineSection, RewardSection
+from rlhf_ray.engines.partitioned import whole
 from rlhf_ray.models.batching import before_responses, last_positions
 from rlhf_ray.models.heads import ScalarModel
 from rlhf_ray.models.loading import load_scalar_model, load_tokenizer
@@ -15,9 +16,7 @@ class CriticWorker(ModelWorker):
     """The value of the state before each response token. Temperature has no place here."""
 
     def __init__(self, model: ModelSection, spec: WorkerSpec, online: OnlineSection) -> None:
-        super().__init__(
-            "critic", lambda: ScalarModel(load_scalar_model(model, spec.seed)), load_tokenizer(model), spec
-        )
+        super().__init__("critic", lambda: _scalar_model(model, spec), load_tokenizer(model), spec)
         self.online = online
 
     def values(self, *chunks: Rollouts) -> Ragged:
@@ -36,9 +35,7 @@ class RewardTrainerWorker(ModelWorker):
     """A reward model in training on preference pairs."""
 
     def __init__(self, model: ModelSection, spec: WorkerSpec, section: RewardSection) -> None:
-        super().__init__(
-            "reward", lambda: ScalarModel(load_scalar_model(model, spec.seed)), load_tokenizer(model), spec
-        )
+        super().__init__("reward", lambda: _scalar_model(model, spec), load_tokenizer(model), spec)
         self.objective = PairObjective(section.center_rewards_coefficient)
 
     def train_pairs(self, batch: PairBatch) -> Metrics:
@@ -52,3 +49,7 @@ class RewardTrainerWorker(ModelWorker):
         return Ragged.from_lengths(scores[: len(batch)], ones), Ragged.from_lengths(
             scores[len(batch) :], ones
         )
+
+
+def _scalar_model(model: ModelSection, spec: WorkerSpec) -> ScalarModel:
+    return ScalarModel(load_scalar_model(model, spec.seed, attention=spec.training.attention, whole=whole))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import threading
 import time
 
 import numpy as np
+import ray
 from numpy.typing import NDArray
 
 from rlhf_ray import errors
@@ -36,6 +38,22 @@ class Worker:
 
     def environment(self, name: str) -> str | None:
         return os.environ.get(name)
+
+    def place(self) -> str:
+        """The node and the GPUs of this process, by Ray, as JSON."""
+        context = ray.get_runtime_context()
+        return json.dumps(
+            {"node": context.get_node_id(), "gpus": context.get_accelerator_ids().get("GPU", [])}
+        )
+
+    def rest(self) -> None:
+        self.calls.append("rest")
+
+    def publish(self) -> None:
+        self.calls.append("publish")
+
+    def wake(self, weights_only: bool) -> None:
+        self.calls.append("wake weights" if weights_only else "wake")
 
     def both(self, value: int) -> tuple[int, int]:
         return value, -value
@@ -91,3 +109,8 @@ class Worker:
         if self.rank == 1:
             os._exit(3)
         raise RuntimeError("connection closed by peer")
+
+
+class Restless(Worker):
+    def rest(self) -> None:
+        raise RuntimeError("no")

@@ -68,6 +68,12 @@ class CountingEngine(SteppedGenerator):
         for key in keys:
             del self.under_way[key]
 
+    def rest(self) -> None:
+        raise NotImplementedError
+
+    def wake(self, weights_only: bool = False) -> None:
+        raise NotImplementedError
+
     def token_logprobs(self, sequences: Ragged) -> Ragged:
         raise NotImplementedError
 

@@ -24,7 +24,7 @@ MAY_IMPORT = {
 """Of the packages named here; other people's libraries are free unless `ONLY_IN` says otherwise."""
 
 ONLY_IN = {
-    "deepspeed": ("rlhf_ray/engines/deepspeed_engine.py", "rlhf_ray/weights/source.py"),
+    "deepspeed": ("rlhf_ray/engines/", "rlhf_ray/weights/source.py"),
     "vllm": ("rlhf_ray/engines/vllm_generator.py", "rlhf_ray/weights/"),
 }
 LIBRARY_LAYERS = {

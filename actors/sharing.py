@@ -1,0 +1,102 @@
+"""Roles that have the same devices: who works has them, and who waits keeps its memory elsewhere.
+
+What a worker of such a role has to offer, besides its work:
+    rest(): move to main memory what it has on the device; wake(weights_only): bring it back.
+Where there is nothing to move, as on a CPU, both do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ray.actor import ActorHandle
+
+from actors.calls import Remote
+from actors.group import ActorGroup, Timeline, Turns
+
+HAND_OVER = "hand_over"
+"""The kind of call that moves memory."""
+RECEIVER = "engine"
+SENDING = ("connect", "publish")
+"""Calls of the policy that reach into the receiver: its weights must be in place, and nothing else."""
+
+
+class Devices:
+    """Of a pool of roles."""
+
+    def __init__(self) -> None:
+        self.groups: list[SharingGroup] = []
+        self._awake: dict[SharingGroup, bool] = {}
+        """Those that are on the devices; True with their weights alone."""
+
+    def give_to(self, group: SharingGroup, method: str | None = None) -> list[Remote[object]]:
+        """Let all others rest, and wake the group; returns the calls that this takes.
+
+        Args:
+            method: that it will be asked for; None where it is about to be built.
+        """
+        receivers = [other for other in self.groups if other.name == RECEIVER and method in SENDING]
+        moves = [other.move("rest") for other in self._awake if other not in (group, *receivers)]
+        self._awake = {other: part for other, part in self._awake.items() if other in (group, *receivers)}
+        for receiver in receivers:
+            if receiver not in self._awake:
+                moves.append(receiver.move("wake", True))
+                self._awake[receiver] = True
+        if method is not None and self._awake.get(group, True):
+            moves.append(group.move("wake", False))
+        self._awake[group] = False
+        return moves
+
+
+class SharingGroup(ActorGroup):
+    """A role on devices that others use too. Its calls, and those of the others, run in turn."""
+
+    def __init__(
+        self,
+        name: str,
+        handles: Sequence[ActorHandle],
+        turns: Turns,
+        timeline: Timeline,
+        timeout: float,
+        devices: Devices,
+    ) -> None:
+        assert turns.enabled, "calls of roles that share devices run in turn"
+        super().__init__(name, handles, turns, timeline, timeout)
+        self.devices = devices
+        devices.groups.append(self)
+
+    def move(self, method: str, *args: object) -> Remote[object]:
+        return super().call(method, *args, kind=HAND_OVER)
+
+    def build(self, factory: str, kwargs: Sequence[dict[str, object]], timeout: float) -> None:
+        """When the others are built and rest: each needs the devices to itself while it loads."""
+        for group in self.devices.groups:
+            if group is not self and group.is_begun:
+                group.wait_until_built()
+        for move in self.devices.give_to(self):
+            move.result()
+        super().build(factory, kwargs, timeout)
+
+    @property
+    def is_begun(self) -> bool:
+        return self._built is not None
+
+    def call(self, method: str, *args: object, kind: str | None = None) -> Remote[object]:
+        self.devices.give_to(self, method)
+        return super().call(method, *args, kind=kind)
+
+    def call_pair(
+        self, method: str, *args: object, kind: str | None = None
+    ) -> tuple[Remote[object], Remote[object]]:
+        self.devices.give_to(self, method)
+        return super().call_pair(method, *args, kind=kind)
+
+    def call_each(
+        self, method: str, args_by_rank: Sequence[Sequence[object]], kind: str | None = None
+    ) -> list[Remote[object]]:
+        self.devices.give_to(self, method)
+        return super().call_each(method, args_by_rank, kind=kind)
+
+    def call_rank(self, rank: int, method: str, *args: object, kind: str | None = None) -> Remote[object]:
+        self.devices.give_to(self, method)
+        return super().call_rank(rank, method, *args, kind=kind)
