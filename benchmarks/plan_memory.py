@@ -17,105 +17,32 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 
 from benchmarks.paired import Goal, Options, Result, run_claim, single
-from rlhf_ray.config.schema import EMBEDDED_MODEL, EngineSection, TrainingSection
-from rlhf_ray.planning import memory as planned
-from rlhf_ray.planning.hardware import GIB, cpu
-from rlhf_ray.planning.shapes import shape_of
+from rlhf_ray.config.schema import EMBEDDED_MODEL
+from rlhf_ray.planning.hardware import GIB
+from rlhf_ray.planning.measured import MEASURED, MODELS, ROW, WITHIN, Case
 
-WITHIN = 0.15
-ROW, PROMPT = 256, 32
-"""Tokens of a row, and of the prompt in it."""
+PROMPT = 32
+"""Tokens of a row's prompt."""
 MICRO_BATCHES = 2
 """Of an update: in the second the gradients of the first are there."""
 LARGE_NEEDS = 14 * GIB
-DEVICE = cpu(cores=1, memory=0)
-
-
-@dataclass(frozen=True)
-class Case:
-    """Fields: model: tiny, small or large. training, engine: what differs from the defaults."""
-
-    model: str
-    role: str
-    ranks: int = 1
-    training: dict[str, object] = field(default_factory=dict)
-    engine: dict[str, object] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        changed = [f"{key} {value}" for key, value in {**self.training, **self.engine}.items()]
-        ranks = [f"{self.ranks} ranks"] if self.ranks > 1 else []
-        return ", ".join([f"{self.model} {self.role}", *ranks, *changed])
-
-    @property
-    def training_section(self) -> TrainingSection:
-        return TrainingSection.model_validate(
-            {"tokens_per_micro_batch": 2048, "zero_stage": 0, **self.training}
-        )
-
-    @property
-    def engine_section(self) -> EngineSection:
-        return EngineSection.model_validate({"cpu_kv_cache_gib": 0.25, **self.engine})
-
-    def bytes(self, model: str) -> float:
-        """As planned."""
-        shape, training = shape_of(model), self.training_section
-        if self.role == "engine":
-            memory = planned.engine("engine", shape, self.engine_section, longest=2 * ROW, device=DEVICE)
-        elif self.role == "reference":
-            memory = planned.frozen("reference", [shape], training, longest=ROW, device=DEVICE)
-        else:
-            role = "critic" if self.role == "critic" else "policy"
-            memory = planned.trained(
-                role,
-                shape,
-                training,
-                ranks=self.ranks,
-                longest=ROW,
-                device=DEVICE,  # type: ignore[arg-type]
-            )
-        return memory.peak
-
-
-CHECKPOINTS: dict[str, object] = {"gradient_checkpointing": True}
-SETTINGS = (
-    ("policy", 1, {}),
-    ("policy", 1, CHECKPOINTS),
-    ("policy", 1, {"tokens_per_micro_batch": 4096, **CHECKPOINTS}),
-    ("policy", 1, {"zero_stage": 1}),
-    ("policy", 2, {"zero_stage": 2}),
-    ("policy", 2, {"zero_stage": 3, **CHECKPOINTS}),
-    ("policy", 1, {"lora": {"rank": 16}}),
-    ("policy", 1, {"precision": "float32"}),
-    ("critic", 1, {}),
-    ("reference", 1, {}),
-    ("engine", 1, {}),
-)
-LARGE = (
-    ("policy", 1, {}),
-    ("policy", 1, {"zero_stage": 1, **CHECKPOINTS}),
-    ("critic", 1, {"tokens_per_micro_batch": 1024}),
-    ("reference", 1, {}),
-    ("engine", 1, {}),
-)
 
 
 def cases(options: Options) -> list[Case]:
-    small = [Case("small", role, ranks, dict(training)) for role, ranks, training in SETTINGS]
+    """Those that were measured before."""
+    known = [case for case, _ in MEASURED]
     if options.quick:
-        return [Case("tiny", "policy"), Case("tiny", "reference")]
-    tiny = [Case("tiny", role, ranks, dict(t)) for role, ranks, t in SETTINGS if not t]
-    large = [Case("large", role, ranks, dict(training)) for role, ranks, training in LARGE]
+        return [case for case in known if case.model == "tiny" and case.role in ("policy", "reference")]
     if psutil.virtual_memory().available < LARGE_NEEDS:
         options.say(f"left out, for want of {LARGE_NEEDS / GIB:.0f} GiB: the embedded model")
-        large = []
-    return [*tiny, *small, *large]
+        known = [case for case in known if case.model != "large"]
+    return known
 
 
 def model_folder(name: str, folder: Path) -> str:
@@ -129,22 +56,22 @@ def model_folder(name: str, folder: Path) -> str:
     return str(path)
 
 
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
-    | {"num_key_value_heads": 1, "head_dim": 32},
-    "small": {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8}
-    | {"num_key_value_heads": 4, "head_dim": 64},
-}
-
-
 def make_model(name: str, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from rlhf_ray.config.schema import ModelSection
     from rlhf_ray.models.loading import materialise
 
-    source = materialise(ModelSection())
-    config = AutoConfig.from_pretrained(source, **SHAPES[name])
+    source, shape = materialise(ModelSection()), MODELS[name]
+    config = AutoConfig.from_pretrained(
+        source,
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.width,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
@@ -248,7 +175,7 @@ def measure(options: Options) -> list[Result]:
     results = []
     for case in cases(options):
         model = model_folder(case.model, options.folder)
-        expected = case.bytes(model)
+        expected = case.planned
         found, before = measured_bytes(case, model)
         options.say(
             f"{case.name}: measured {found / GIB:.2f} GiB, planned {expected / GIB:.2f} GiB "

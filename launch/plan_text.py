@@ -12,6 +12,7 @@ from rich.table import Table
 
 from rlhf_ray.planning.advice import Advice
 from rlhf_ray.planning.hardware import GIB
+from rlhf_ray.planning.measured import accuracy
 from rlhf_ray.planning.memory import KINDS, Phase
 from rlhf_ray.planning.plan import SPARE, DevicePlan, Plan, named, runs
 from rlhf_ray.planning.published import validation
@@ -167,6 +168,7 @@ def _verdict(plan: Plan, advice: Advice | None) -> Iterable[str]:
             "placement.mode=auto gives every actor a part of a GPU, and ranks of one role may meet on it; "
             "colocated puts one of each role on a GPU"
         )
+    yield accuracy()
     if plan.fits:
         yield "it fits"
         return

@@ -23,6 +23,7 @@ Phase = Literal["generate", "reward", "reference", "log-probs", "values", "criti
 critic, of the policy; publishing."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 Kind = Literal["weights", "gradients", "optimizer", "activations", "KV cache", "buffers", "process"]
+Trained = Literal["policy", "critic"]
 Frozen = Literal["reference", "reward"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -155,7 +156,7 @@ BFLOAT16 = StateBytes(weights=2, gradients=6, master=4, moments=8)
 
 
 def trained(
-    role: Literal["policy", "critic"],
+    role: Trained,
     shape: ModelShape,
     training: TrainingSection,
     *,

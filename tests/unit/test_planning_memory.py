@@ -14,6 +14,7 @@ from rlhf_ray.config.schema import EngineSection, LoraSection, ModelSection, Tra
 from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.planning import memory
 from rlhf_ray.planning.hardware import GIB, cpu, gpu
+from rlhf_ray.planning.measured import MEASURED, MODELS, WITHIN, Case, accuracy
 from rlhf_ray.planning.memory import BFLOAT16, FLOAT32
 from rlhf_ray.planning.shapes import ModelShape, known_shape, shape_of, shape_of_config
 from tests.tiny import tiny_model_folder
@@ -140,3 +141,13 @@ def test_who_waits_is_not_on_the_device() -> None:
     policy = trained(TrainingSection()).taking_turns()
     assert policy.during("generate") == policy.during("critic") == memory.ON_CPU.trainer
     assert policy.host == (4 + 12) * TOY.parameters
+
+
+@pytest.mark.parametrize(("case", "gib"), MEASURED, ids=[case.name for case, _ in MEASURED])
+def test_plans_are_near_what_was_measured(case: Case, gib: float) -> None:
+    assert gib * GIB == pytest.approx(case.planned, rel=WITHIN)
+
+
+def test_the_measured_models_are_those_of_the_benchmark() -> None:
+    assert MODELS["large"].parameters == shape_of("embedded:smollm2-135m-instruct").parameters
+    assert "20 settings of models up to 135M" in accuracy()
