@@ -14,9 +14,13 @@ from rlhf_ray.config.schema import (
     RunConfig,
     StageName,
 )
+from rlhf_ray.config.schema.preference import USED_BY
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.planning.layout import Wanted
 from rlhf_ray.planning.shapes import ModelShape, shape_of
+
+PROMPT = 512
+"""Tokens of a prompt where its length has no limit."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,15 @@ class Cast:
 
     Fields:
         stage: which one. policy: of the model that is trained, whatever the stage calls it.
-        longest: tokens of its longest row. rewards: one shape a reward model.
+        longest: tokens of its longest row. trains: whether the policy is trained, or only answers.
+        rewards: one shape a reward model.
         reference: None where there is none, or where the policy without its adapters is it.
     """
 
     stage: StageName
     policy: ModelShape
     longest: int
+    trains: bool = True
     engine: bool = False
     critic: ModelShape | None = None
     reference: ModelShape | None = None
@@ -44,7 +50,7 @@ class Cast:
         placement, width = config.placement, config.engine.tensor_parallel_size
         online = config.online if self.stage == "online" else None
         is_apart = online is not None and (online.max_lag > 0 or online.stragglers == "drop")
-        found = [_wanted("policy", placement.policy)]
+        found = [_wanted("policy", placement.policy)] if self.trains else []
         if self.critic is not None:
             found.append(_wanted("critic", placement.critic))
         if self.reference is not None:
@@ -84,11 +90,15 @@ def cast_of(config: RunConfig, stage: StageName) -> Cast:
         assert config.online is not None
         return _online_cast(config, config.online, start, policy)
     if stage == "preferences":
-        return Cast(stage, policy, section.max_prompt_length + section.max_completion_length, engine=True)
+        longest = PROMPT + section.max_completion_length
+        return Cast(stage, policy, longest, trains=False, engine=True)
     reference = None
-    if stage == "preference" and config.training.lora is None and section.uses_reference:
-        reference = policy
-    return Cast(stage, policy, section.max_length, engine=stage == "constitution", reference=reference)
+    if config.preference is not None and stage == "preference":
+        reads = config.preference.algorithm in USED_BY["reference"]
+        # Cached, its log-probs are computed before anything is trained.
+        if reads and not config.preference.cache_reference:
+            reference = shape_of((config.preference.reference or start).path)
+    return Cast(stage, policy, section.max_length, reference=reference)
 
 
 def _online_cast(config: RunConfig, online: OnlineSection, start: ModelSection, policy: ModelShape) -> Cast:

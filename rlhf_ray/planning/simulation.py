@@ -103,6 +103,7 @@ class Engines:
         self._owner: dict[int, Group] = {}
         self._events: list[tuple[float, int, int]] = []
         self._stamps = [0] * self.count
+        self._loads = [0] * self.count
         self._next = 0
 
     def begin(self, lengths: Sequence[float], engine: int, now: float) -> Group:
@@ -116,8 +117,7 @@ class Engines:
 
     def least_loaded(self) -> int:
         """The first of those that have least to do."""
-        loads = [len(engine) for engine in self.engines]
-        return loads.index(min(loads))
+        return self._loads.index(min(self._loads))
 
     def wait(self, groups: Sequence[Group], now: float) -> float:
         """Until all are done."""
@@ -170,6 +170,7 @@ class Engines:
 
     def _changed(self, index: int) -> None:
         self._stamps[index] += 1
+        self._loads[index] = len(self.engines[index])
         next_done = self.engines[index].next_done
         if next_done < math.inf:
             heapq.heappush(self._events, (next_done, index, self._stamps[index]))
