@@ -32,7 +32,8 @@ BAR = 20
 def show(plan: Plan, advice: Advice | None, console: Console) -> None:
     console.print(escape(_headline(plan)), highlight=False)
     console.print(_roles(plan))
-    console.print(_phases(plan))
+    if plan.machine.device.is_gpu:
+        console.print(_phases(plan))
     for panel in _boxes(plan):
         console.print(panel)
     if plan.times:

@@ -19,6 +19,9 @@ from rlhf_ray.planning.timing import Clock, Efficiency, Work
 SPARE = 0.95
 """Of a device, what may be planned to be full: allocators leave gaps."""
 
+SURROUNDINGS = 0.8 * GIB
+"""Main memory of Ray's own processes and of the driver, where there is nothing but that."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -90,6 +93,8 @@ class Plan:
     @cached_property
     def devices(self) -> tuple[DevicePlan, ...]:
         by_role = {memory.role: memory for memory in self.memories}
+        if not self.machine.device.is_gpu:
+            return (self._whole_machine(by_role),)
         return tuple(
             DevicePlan(
                 devices,
@@ -100,6 +105,12 @@ class Plan:
             for devices, roles in self.layout.alike()
             if roles
         )
+
+    def _whole_machine(self, by_role: Mapping[str, RoleMemory]) -> DevicePlan:
+        """Main memory is not given back between phases: allocators keep what they had."""
+        roles = self.layout.on(0)
+        total = SURROUNDINGS + sum(by_role[role].peak for role in roles)
+        return DevicePlan((0,), roles, dict.fromkeys(PHASES, total), self.machine.device.memory)
 
     @cached_property
     def problems(self) -> tuple[str, ...]:
@@ -117,9 +128,10 @@ class Plan:
                 )
         for device in self.devices:
             if device.excess:
+                when = f" in the phase {device.worst}" if machine.device.is_gpu else ""
                 found.append(
-                    f"{named(device.devices, machine)}: {device.peak / GIB:.1f} GiB in the phase "
-                    f"{device.worst}, of {SPARE:.0%} of {device.capacity / GIB:.1f} GiB that may be used"
+                    f"{named(device.devices, machine)}: {device.peak / GIB:.1f} GiB{when}, "
+                    f"of {SPARE:.0%} of {device.capacity / GIB:.1f} GiB that may be used"
                 )
         if machine.host is not None and self.host > SPARE * machine.host:
             found.append(f"main memory of a node: {self.host / GIB:.0f} GiB, of {machine.host / GIB:.0f} GiB")
