@@ -102,7 +102,9 @@ class FakeGenerator:
         return self.begun[len(self.begun) - len(prompts) :]
 
     def first_done(self, groups: list[Group], count: int) -> list[int]:
-        return self.engines.first_done(groups, count)
+        chosen = self.engines.first_done(groups, count)
+        self.now = max([self.now, *(groups[index].done for index in chosen)])
+        return chosen
 
     def give_up(self, groups: list[Group]) -> None:
         self.engines.give_up(groups, self.now)
