@@ -40,6 +40,7 @@ from rlhf_ray.data.cursor import Cursor
 from rlhf_ray.loops.checkpoints import Checkpoints
 from rlhf_ray.loops.online import OnlineLoop, OnlineRoles
 from rlhf_ray.loops.stage_run import StageRun
+from rlhf_ray.planning.lengths import long_tailed
 from rlhf_ray.reporting.metrics_log import MetricsLog, read_metrics
 from rlhf_ray.reporting.progress import QuietProgress
 from rlhf_ray.reporting.run_folder import RunFolder
@@ -80,8 +81,7 @@ def prompts_of(case: Case) -> Prompts:
     """As many as one pass has; the seconds of their answers are log-normal, with a tail of several times the
     mean."""
     count = case.num_groups * case.num_steps
-    spread = 0.8
-    draws = np.random.default_rng(SEED).lognormal(-(spread**2) / 2, spread, count)
+    draws = long_tailed(np.random.default_rng(SEED), count)
     return Prompts(
         ids=np.arange(count),
         messages=(({"role": "user", "content": "?"},),) * count,

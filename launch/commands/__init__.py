@@ -6,6 +6,6 @@ whatever is heavy is imported where a command runs.
 
 from __future__ import annotations
 
-from launch.commands import bench, check, cluster, doctor, generate, jobs, report, submit, train
+from launch.commands import bench, check, cluster, doctor, generate, jobs, plan, report, submit, train
 
-COMMANDS = (train, check, submit, jobs, cluster, doctor, generate, report, bench)
+COMMANDS = (train, check, plan, submit, jobs, cluster, doctor, generate, report, bench)

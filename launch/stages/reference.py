@@ -15,8 +15,8 @@ ROLE = "reference"
 
 
 def demand_reference(context: StageContext, model: ModelSection) -> RoleDemand:
-    section = context.config.placement.reference
-    memory = context.main_memory(frozen_memory(model_size(model), num_ranks=section.count))
+    section, training = context.config.placement.reference, context.config.training
+    memory = context.main_memory(frozen_memory(model_size(model), training, num_ranks=section.count))
     return RoleDemand(ROLE, section, memory)
 
 

@@ -132,7 +132,9 @@ def _token(variable: str) -> SecretStr:
 
 def demand_rewards(context: StageContext, policy: ModelSection, rewards: RewardModels) -> list[RoleDemand]:
     placement = context.config.placement
-    memory = context.main_memory(frozen_memory(model_size(policy), len(rewards.models)))
+    memory = context.main_memory(
+        frozen_memory(model_size(policy), context.config.training, len(rewards.models), scores=True)
+    )
     demands = [RoleDemand("reward", placement.reward, memory)]
     if rewards.judge is not None:
         engine = context.config.engine

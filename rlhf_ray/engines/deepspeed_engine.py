@@ -197,7 +197,8 @@ class TrainEngine:
             self.world.device.type,
             dtype=torch.bfloat16,
             enabled=self.precision == "mixed",
-            cache_enabled=True,
+            # What autocast keeps would be the whole model on every rank, of which ZeRO 3 keeps a part.
+            cache_enabled=self.zero_stage < 3,
         ):
             yield
 

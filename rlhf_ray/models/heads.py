@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rlhf_ray.models.batching import TokenBatch
+from rlhf_ray.models.sizes import CHUNK_TOKENS
 from rlhf_ray.models.target_stats import Memory, TokenStats, target_stats
 
 
@@ -26,10 +27,6 @@ class SequenceGroup(Protocol):
     def join(self, values: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
         """[N, …] of all selected positions of the batch, from those [n, …] of this rank's part."""
         ...
-
-
-CHUNK_TOKENS = 512
-"""Tokens whose logits exist at the same time: 512 x 50k float32 logits are 100 MB."""
 
 
 def token_stats(

@@ -21,7 +21,7 @@ from tests.tiny import tiny_model_folder
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "ray", "transformers", "pydantic", "numpy", "vllm", "deepspeed", "datasets", "yaml", "rich"}
-COMMANDS = ["train", "check", "submit", "jobs", "cluster", "doctor", "generate", "report", "bench"]
+COMMANDS = ["train", "check", "plan", "submit", "jobs", "cluster", "doctor", "generate", "report", "bench"]
 
 CONFIG = """\
 output_dir: runs/x

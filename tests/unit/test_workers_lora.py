@@ -317,10 +317,11 @@ def test_ppo_with_adapters_resumes_as_if_it_had_not_stopped(model: ModelSection,
 
 
 def test_memory_is_asked_for_what_is_trained(model: ModelSection) -> None:
-    """Gradients take 4 bytes and, at ZeRO 1, the optimizer 12 bytes, a trained parameter."""
+    """Gradients take 4 bytes, 4 more on their way to other ranks, and the optimizer 12 at ZeRO 1, a trained
+    parameter."""
     size = model_size(model)
     everything = trained_memory(size, training(1, lora=None), ranks=1)
     trained = LORA.rank * 2 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 256))
-    assert everything - trained_memory(size, training(1), ranks=1) == 16 * (size.parameters - trained)
+    assert everything - trained_memory(size, training(1), ranks=1) == 20 * (size.parameters - trained)
     only_v = LoraSection(rank=2, target_modules=("v_proj",))
-    assert size.trained(training(1, only_v)) == 2 * 2 * (128 + 64)
+    assert size.trained(only_v) == 2 * 2 * (128 + 64)
