@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
+from rlhf_ray.config.checkpoint_checks import checkpoint_mistakes
 from rlhf_ray.config.document import Document, KeyPath, Raw, plain
 from rlhf_ray.config.loading import parse_document, read_document
 from rlhf_ray.config.model_checks import Kind, linear_names, max_positions, model_mistakes
@@ -354,5 +355,6 @@ _CHECKS: tuple[Callable[[Parts], Iterator[Finding]], ...] = (
     _ranks,
     _engine,
     _streaming,
+    checkpoint_mistakes,
     _logging,
 )

@@ -24,6 +24,7 @@ from rlhf_ray.models.inference import forward_rows, in_row_order
 from rlhf_ray.models.loading import save_model_folder
 from rlhf_ray.models.planning import plan_micro_batches
 from rlhf_ray.models.sharing import check_sharing
+from rlhf_ray.reporting.files import naming_a_full_disk
 from rlhf_ray.types import Metrics, Ragged, Rows
 
 ADAPTER_FOLDER = "adapter"
@@ -193,12 +194,14 @@ class ModelWorker:
         if self.world.rank == 0:
             model = self.engine.module.model
             assert isinstance(model, PreTrainedModel)
-            save_model_folder(model, state, self.tokenizer, folder)
-            if trained:
-                save_adapter(model, trained, folder / ADAPTER_FOLDER)
+            with naming_a_full_disk(folder):
+                save_model_folder(model, state, self.tokenizer, folder)
+                if trained:
+                    save_adapter(model, trained, folder / ADAPTER_FOLDER)
 
     def save_state(self, folder: Path) -> None:
-        self.engine.save_state(folder)
+        with naming_a_full_disk(folder):
+            self.engine.save_state(folder)
 
     def load_state(self, folder: Path) -> None:
         self.engine.load_state(folder)

@@ -24,10 +24,10 @@ from rlhf_ray.config.schema.base import (
     Positive,
     Section,
 )
+from rlhf_ray.config.schema.checkpoint import CheckpointSection, KeepBestSection, seconds_left
 from rlhf_ray.config.schema.constitution import ConstitutionSection
 from rlhf_ray.config.schema.environments import EnvironmentSection
 from rlhf_ray.config.schema.machinery import (
-    CheckpointSection,
     ClusterSection,
     EngineSection,
     Layout,
@@ -91,6 +91,7 @@ __all__ = [
     "HttpReward",
     "JudgeReward",
     "KVOnUpdate",
+    "KeepBestSection",
     "Layout",
     "LengthReward",
     "LoggingSection",
@@ -123,5 +124,6 @@ __all__ = [
     "TextVerifier",
     "TrainingSection",
     "WandbSection",
+    "seconds_left",
     "turn_names",
 ]
