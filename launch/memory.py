@@ -6,12 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from rlhf_ray.config.schema import EngineSection, ModelSection, TrainingSection
 from rlhf_ray.models.adapters import adapted_layers, linear_layers
 from rlhf_ray.models.heads import CHUNK_TOKENS
-from rlhf_ray.models.loading import materialise
+from rlhf_ray.models.loading import model_config
 
 GIB = 1 << 30
 PROCESS = int(0.5 * GIB)
@@ -43,7 +43,7 @@ class ModelSize:
 
 def model_size(model: ModelSection) -> ModelSize:
     """Size of the causal language model, from its configuration alone."""
-    config = AutoConfig.from_pretrained(materialise(model), trust_remote_code=model.trust_remote_code)
+    config = model_config(model)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
     skeleton.tie_weights()

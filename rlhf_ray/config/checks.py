@@ -158,7 +158,7 @@ def _functions(parts: Parts) -> Iterator[Finding]:
             import_function(function)
         except ConfigError as error:
             yield path, str(error).removeprefix(f"function={function}: ")
-        except Exception as error:  # the person's own module runs at import, and may raise anything
+        except (Exception, SystemExit) as error:  # the person's own module runs, and may raise anything
             yield path, f"importing it raised {type(error).__name__}: {error}"
 
 
@@ -188,7 +188,7 @@ def _environments(parts: Parts) -> Iterator[Finding]:
             found = import_environment(section.class_path)
         except ConfigError as error:
             yield (*path, "class_path"), str(error).removeprefix(f"class_path={section.class_path}: ")
-        except Exception as error:  # the person's own module runs at import, and may raise anything
+        except (Exception, SystemExit) as error:  # the person's own module runs, and may raise anything
             yield (*path, "class_path"), f"importing it raised {type(error).__name__}: {error}"
         else:
             if (mistake := option_mistake(found, section.options)) is not None:

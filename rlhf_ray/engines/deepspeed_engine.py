@@ -256,7 +256,7 @@ class TrainEngine:
                 "training.zero_stage of the first run"
             )
         try:
-            with _no_foreign_code():
+            with no_foreign_code():
                 self.engine.load_checkpoint(
                     # What is frozen is not part of the state.
                     str(folder),
@@ -301,7 +301,7 @@ def _schedule(optimizer: OptimizerSection, total_steps: int) -> Callable[[int], 
 
 
 @contextmanager
-def _no_foreign_code() -> Iterator[None]:
+def no_foreign_code() -> Iterator[None]:
     """DeepSpeed's files are pickles, which may run anything when they are read. In the block torch reads
     tensors, plain values and these classes of DeepSpeed alone, whatever DeepSpeed asks it for."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler

@@ -16,6 +16,13 @@ def random_path(folder: Path, rank: int) -> Path:
     return folder / f"random-{rank:05d}.pt"
 
 
+def seed_everything(seed: int) -> None:
+    """Whoever draws from the libraries' own generators (a person's loss, say) draws the same in every run."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def save_random_state(path: Path) -> None:
     """As tensors and plain values, which are read back without unpickling anything else."""
     name, keys, *rest = np.random.get_state(legacy=True)

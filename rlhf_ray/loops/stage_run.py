@@ -27,6 +27,11 @@ def last_logged(path: Path) -> Metrics:
     return {name: value for name, value in rows[-1].items() if isinstance(value, float)} if rows else {}
 
 
+def num_logged(folder: RunFolder) -> int:
+    """Steps of which the metrics are there."""
+    return len(read_metrics(folder.metrics_path)) if folder.metrics_path.exists() else 0
+
+
 @dataclass
 class StageRun:
     """
@@ -97,6 +102,8 @@ class StageRun:
             Interrupted: after saving.
         """
         if self.interrupt.is_set() or self.checkpoints.is_due(done, self.last_metrics):
+            if self._log is not None:
+                self._log.sync()
             self.checkpoints.save(done, models, state(), self.last_metrics)
         self.stop_if_asked(done)
 

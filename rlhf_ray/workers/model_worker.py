@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.algorithms.metrics import MetricSums, finalise, merge, pack, unpack
 from rlhf_ray.config.schema import Layout, OptimizerSection, TrainingSection
 from rlhf_ray.engines.deepspeed_engine import TrainEngine, World, init_world, leave_world
+from rlhf_ray.engines.random_state import seed_everything
 from rlhf_ray.models.adapters import add_adapter, save_adapter
 from rlhf_ray.models.batching import TokenBatch
 from rlhf_ray.models.heads import PolicyModel, ScalarModel
@@ -25,6 +26,7 @@ from rlhf_ray.models.loading import save_model_folder
 from rlhf_ray.models.planning import plan_micro_batches
 from rlhf_ray.models.sharing import check_sharing
 from rlhf_ray.reporting.files import naming_a_full_disk
+from rlhf_ray.seeds import derive_seed
 from rlhf_ray.types import Metrics, Ragged, Rows
 
 ADAPTER_FOLDER = "adapter"
@@ -92,6 +94,7 @@ class ModelWorker:
             return module
 
         self.engine = TrainEngine(adapted, spec.optimizer, spec.training, spec.world, spec.total_steps)
+        seed_everything(derive_seed(spec.seed, spec.world.rank))
 
     def update(
         self,
