@@ -174,9 +174,7 @@ def model_config(section: ModelSection) -> PretrainedConfig:
                 f"model.path={section.path}: its configuration names code of its own, which is not run; if "
                 "you have read it and trust it, set model.trust_remote_code=true"
             ) from error
-        raise ModelError(
-            f"model.path={section.path}: no usable config.json ({_first_line(error)})"
-        ) from error
+        raise ModelError(f"model.path={section.path}: cannot be loaded ({_first_line(error)})") from error
 
 
 def load_policy_model(section: ModelSection, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
