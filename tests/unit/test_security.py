@@ -192,7 +192,7 @@ SECRETS = {
         "max_prompt_length": 64,
         "max_completion_length": 8,
         "environment": {
-            "class_path": "rlhf_ray.environments.guessing:NumberGuessing",
+            "class_path": "my_game:Game",
             "max_episode_length": 64,
             "options": {
                 "api_key": CANARY,
@@ -205,6 +205,19 @@ SECRETS = {
 }
 
 
+GAME = """\
+class Game:
+    def __init__(self, **options):
+        pass
+
+    def reset(self, messages, columns, seed):
+        pass
+
+    def step(self, answer):
+        pass
+"""
+
+
 def everything_below(folder: Path) -> str:
     return "\n".join(
         f"{path}\n{path.read_bytes().decode('latin-1')}" for path in folder.rglob("*") if path.is_file()
@@ -215,6 +228,7 @@ def everything_below(folder: Path) -> str:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     tiny_model_folder(tmp_path / "lm")
+    (tmp_path / "my_game.py").write_text(GAME)
     return tmp_path
 
 
@@ -241,7 +255,7 @@ def test_no_secret_in_what_a_run_writes(here: Path) -> None:
         "logging={{wandb: {{api_key: {}, projct: x}}}}",
         "logging.wandb={{secret: {}}}",
         "api_key={}",
-        "online.environment.options={{password: {}, x: }}",
+        "online.environment.options=[{{password: {}}}]",
         "online.rewards=[{{type: http, name: h, url: 'http://u:{}@h/'}}]",
         "online.rewards=[{{type: http, name: h, url: 'http://h/', token: {}}}]",
     ],
@@ -262,7 +276,7 @@ def test_no_secret_in_a_traceback(
         raise WorkerError(f"policy 0 failed with {config!r}")
 
     monkeypatch.setitem(vars(launch), "run_checked", fail)
-    monkeypatch.setattr("launch.cli._load", lambda *_: load_config(SECRETS))
+    Path("run.yaml").write_text(json.dumps(SECRETS))
     assert main(["--debug", "train", "run.yaml"]) == 1
     out, err = capfd.readouterr()
     log = (here / "run" / "logs" / "driver.log").read_text()
