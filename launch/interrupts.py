@@ -1,7 +1,7 @@
-"""The two signals that end a run: Ctrl-C, and the SIGTERM of `kill` and of schedulers.
+"""What ends a run: Ctrl-C, the SIGTERM of `kill` and of schedulers, and its own deadline.
 
-Both are set for the time of a block, whatever they were before: a shell script starts what it puts in the
-background with Ctrl-C ignored, and Ray takes SIGTERM for itself.
+Both signals are set for the time of a block, whatever they were before: a shell script starts what it puts in
+the background with Ctrl-C ignored, and Ray takes SIGTERM for itself.
 """
 
 from __future__ import annotations
@@ -49,6 +49,24 @@ def stopping_after_a_step(say: Callable[[str], None]) -> Iterator[Event]:
 
     with _handled_by(on_signal):
         yield event
+
+
+@contextmanager
+def stopping_by_itself(seconds: float, event: Event, say: Callable[[str], None]) -> Iterator[None]:
+    """After so many seconds the event is set, unless it is by then."""
+
+    def stop() -> None:
+        if not event.is_set():
+            say("deadline: stopping after this step and saving")
+            event.set()
+
+    timer = threading.Timer(min(max(0.0, seconds), threading.TIMEOUT_MAX), stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

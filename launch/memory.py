@@ -4,11 +4,11 @@ decides whether a placement is refused before anything starts."""
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from rlhf_ray.config.schema import EngineSection, ModelSection, TrainingSection
 from rlhf_ray.models.adapters import linear_layers
-from rlhf_ray.models.loading import materialise
+from rlhf_ray.models.loading import model_config
 from rlhf_ray.planning import memory
 from rlhf_ray.planning.hardware import cpu
 from rlhf_ray.planning.shapes import ModelShape
@@ -20,7 +20,7 @@ _CPU = cpu(cores=1, memory=0)
 
 def model_size(model: ModelSection) -> ModelShape:
     """Shape of the causal language model, from its configuration alone; of any architecture."""
-    config = AutoConfig.from_pretrained(materialise(model), trust_remote_code=model.trust_remote_code)
+    config = model_config(model)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
     skeleton.tie_weights()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from datetime import datetime
 
 from rich.console import Console
 
 from launch.artefacts import Artefacts
 from launch.cluster import cluster
-from launch.interrupts import stopping_after_a_step
+from launch.interrupts import stopping_after_a_step, stopping_by_itself
 from launch.stages import STAGE_RUNNERS
 from launch.stages.context import StageContext
 from rlhf_ray.config.checks import check_config
 from rlhf_ray.config.loading import dump_config
-from rlhf_ray.config.schema import RunConfig, StageName, turn_names
+from rlhf_ray.config.schema import RunConfig, StageName, seconds_left, turn_names
 from rlhf_ray.errors import ConfigError, Interrupted
 from rlhf_ray.reporting.capture import capture_library_output
 from rlhf_ray.reporting.metrics_log import RunResult, load_run
@@ -34,7 +35,7 @@ def run(config: RunConfig, *, quiet: bool = False) -> RunResult:
     Raises:
         ConfigError: with every mistake that can be found before anything starts.
         UserError: a dataset, a model or the cluster is not as the configuration says.
-        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+        Interrupted: Ctrl-C, SIGTERM or the deadline; the state is saved.
         KeyboardInterrupt: one of them for the second time, or while Ray was starting.
         RlhfRayError: the run failed.
     """
@@ -57,6 +58,9 @@ def run_checked(config: RunConfig, *, quiet: bool = False) -> RunResult:
         progress = open_progress(names, terminal, quiet=quiet)
         stack.callback(progress.close)
         interrupt = stack.enter_context(stopping_after_a_step(progress.message))
+        if config.checkpoint.deadline is not None:
+            left = seconds_left(config.checkpoint.deadline, datetime.now())
+            stack.enter_context(stopping_by_itself(left, interrupt, progress.message))
         artefacts = Artefacts.at_start(config)
         folders = {name: root.stage(name) if is_pipeline else root for name in names}
         done = {name for name, folder in folders.items() if config.resume == "auto" and _is_done(folder)}
@@ -90,6 +94,8 @@ def _run_stage(stage: StageName, context: StageContext) -> None:
     with folder.recording_outcome():
         metrics = STAGE_RUNNERS[stage](context)
         folder.record_origin(context.data, context.parents)
+        if best := context.checkpoints.take_best_model(folder.path / "best"):
+            context.progress.message(f"{context.name}: the best model is in {folder.path / 'best'} ({best})")
         folder.finish("done", metrics)
         # Its model is saved; several times the model's size of optimizer state is of no more use.
         context.checkpoints.clear()

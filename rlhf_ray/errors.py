@@ -67,7 +67,11 @@ class WeightSyncError(RlhfRayError):
 
 
 class CheckpointError(RlhfRayError):
-    """A checkpoint is incomplete or belongs to another run."""
+    """A checkpoint is incomplete or belongs to another run, or could not be written."""
+
+
+class DiskFullError(CheckpointError):
+    """There is no room for a checkpoint; the one before it is whole."""
 
 
 class Interrupted(RlhfRayError):

@@ -40,8 +40,8 @@ class Watcher(QuietProgress):
             self.action()
 
 
-class PowerCut(Exception):
-    """What a run does not expect."""
+class PowerCut(BaseException):
+    """After which nothing else is done, as nothing would be: no handler of ours takes it for a failure."""
 
 
 def cut_power() -> None:

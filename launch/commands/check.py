@@ -49,7 +49,10 @@ def _described(config: RunConfig) -> list[str]:
 
 def _counted(dataset: DatasetSection, seed: int) -> str:
     from rlhf_ray.data.loading import first_rows, load_rows
+    from rlhf_ray.data.reasoning_gym import DEFAULT_SIZE, PREFIX
 
+    if dataset.path.startswith(PREFIX):  # some tasks take a second a question
+        return f"{dataset.path} (at most {_many(dataset.limit or DEFAULT_SIZE, 'question')})"
     if first_rows(dataset, 1) is None:
         return f"{dataset.path} (on the hub, not counted)"
     return f"{dataset.path} ({_many(len(load_rows(dataset, seed)), 'row')})"

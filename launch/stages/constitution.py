@@ -16,6 +16,7 @@ from rlhf_ray.data.encoding import encode_sft
 from rlhf_ray.data.formats import SFTExample
 from rlhf_ray.errors import DataError
 from rlhf_ray.loops.constitution import RevisionLoop, longest_conversation, read_all, revision_parts
+from rlhf_ray.loops.stage_run import num_logged
 from rlhf_ray.models.loading import max_model_length
 from rlhf_ray.reporting.files import dump_line, write_text
 from rlhf_ray.reporting.revisions import (
@@ -43,7 +44,7 @@ def run_constitution(context: StageContext) -> Metrics:
     prompts = load_prompts(context, section.dataset, formatter, longest)
     parts = revision_parts(section, context.folder, prompts, constitution)
     parts.check_same_origin()
-    if len(parts.done()) < len(parts):
+    if min(len(parts.done()), num_logged(context.folder)) < len(parts):
         _revise(context, model, formatter, constitution, prompts)
     revisions = read_all(parts)
     examples = _save(context, revisions)

@@ -181,7 +181,8 @@ class StageContext:
     @property
     def checkpoints(self) -> Checkpoints:
         settings = self.config.checkpoint
-        return Checkpoints(self.folder.path.resolve() / "checkpoints", settings.every, settings.keep_last)
+        folder = self.folder.path.resolve() / "checkpoints"
+        return Checkpoints(folder, settings.every, settings.keep_last, settings.keep_best)
 
     @contextmanager
     def stage_run(self, placement: Placement, first_step: int = 0) -> Iterator[StageRun]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
+from rlhf_ray.config.checkpoint_checks import checkpoint_mistakes
 from rlhf_ray.config.document import Document, KeyPath, Raw, plain
 from rlhf_ray.config.loading import parse_document, read_document
 from rlhf_ray.config.model_checks import Kind, linear_names, max_positions, model_mistakes
@@ -172,7 +173,7 @@ def _functions(parts: Parts) -> Iterator[Finding]:
             import_function(function)
         except ConfigError as error:
             yield path, str(error).removeprefix(f"function={function}: ")
-        except Exception as error:  # the person's own module runs at import, and may raise anything
+        except (Exception, SystemExit) as error:  # the person's own module runs, and may raise anything
             yield path, f"importing it raised {type(error).__name__}: {error}"
 
 
@@ -202,7 +203,7 @@ def _environments(parts: Parts) -> Iterator[Finding]:
             found = import_environment(section.class_path)
         except ConfigError as error:
             yield (*path, "class_path"), str(error).removeprefix(f"class_path={section.class_path}: ")
-        except Exception as error:  # the person's own module runs at import, and may raise anything
+        except (Exception, SystemExit) as error:  # the person's own module runs, and may raise anything
             yield (*path, "class_path"), f"importing it raised {type(error).__name__}: {error}"
         else:
             if (mistake := option_mistake(found, section.options)) is not None:
@@ -335,5 +336,6 @@ _CHECKS: tuple[Callable[[Parts], Iterator[Finding]], ...] = (
     preference_mistakes,
     placement_mistakes,
     _streaming,
+    checkpoint_mistakes,
     _logging,
 )

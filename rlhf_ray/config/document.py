@@ -14,19 +14,37 @@ from pydantic import BaseModel, SecretStr
 Raw = dict[str, "Raw"] | list["Raw"] | str | int | float | bool | None
 KeyPath = tuple[str | int, ...]
 
-_SECRET_KEY = re.compile(r"(token|secret|password|api_key)$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"((?:token|secret|password|api_key)['\"]?\s*[:=]).+", re.IGNORECASE | re.DOTALL)
+_SECRET = "token|secret|password|passwd|passphrase|credentials?|(?:api|access|private|secret)[-_]?key"
+_SECRET_KEY = re.compile(f"({_SECRET})$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(rf"((?:{_SECRET})['\"]?\s*[:=]).+", re.IGNORECASE | re.DOTALL)
+_SECRET_NAMES = ("token", "secret", "password", "api_key", "access_key", "credentials")
+_URL_USER = re.compile(r"://[^/\s'\"]*@")
 _LONGEST_SHOWN = 60
 
 
 def is_secret(key: str | int) -> bool:
-    """Whether the values of a key must never be shown."""
-    return isinstance(key, str) and _SECRET_KEY.search(key) is not None
+    """Whether the values of a key must never be shown; also of one that is misspelt."""
+    if not isinstance(key, str):
+        return False
+    close = difflib.get_close_matches(key.lower(), _SECRET_NAMES, n=1, cutoff=0.85)
+    return bool(close) or _SECRET_KEY.search(key) is not None
 
 
 def without_secrets(text: str) -> str:
-    """Written text with whatever follows a secret's key cut off."""
-    return _SECRET_VALUE.sub(r"\1***", text)
+    """Written text with whatever follows a secret's key cut off, and without the passwords of URLs."""
+    return _URL_USER.sub("://***@", _SECRET_VALUE.sub(r"\1***", text))
+
+
+def redacted(value: Raw) -> Raw:
+    """With `***` for whatever stands under a secret's key."""
+    if isinstance(value, list):
+        return [redacted(entry) for entry in value]
+    if isinstance(value, dict):
+        return {
+            key: "***" if is_secret(key) and entry and not isinstance(entry, bool) else redacted(entry)
+            for key, entry in value.items()
+        }
+    return value
 
 
 def dotted(path: KeyPath) -> str:
@@ -42,7 +60,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def shown(value: Raw) -> str:
     """A value as the person would write it, cut where it is long."""
     if isinstance(value, str) and value and value.isprintable() and value == value.strip():
-        text = value
+        text = _URL_USER.sub("://***@", value)
     elif isinstance(value, float):
         text = re.sub(r"e([-+])0", r"e\1", repr(value))
     else:
@@ -121,7 +139,7 @@ class Document:
         if path and place.path != path:
             if value is None and self.holds(path) and not isinstance(self.value(path), dict):
                 value = shown(self.value(path))
-            if value and is_secret(path[-1]):
+            if value and any(map(is_secret, path)):
                 value = "***"
             parts.append(dotted(path) + (f"={value}" if value else ""))
         self._mistakes.append((place.order, ": ".join([*parts, sentence])))

@@ -18,9 +18,9 @@ from pydantic import ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from rlhf_ray.config import outline
-from rlhf_ray.config.document import Document, KeyPath, Raw, is_secret, nearest, plain
+from rlhf_ray.config.document import Document, KeyPath, Raw, nearest, plain, redacted
 from rlhf_ray.config.outline import Node
-from rlhf_ray.config.reading import apply_override, read_yaml
+from rlhf_ray.config.reading import apply_override, read_limited, read_yaml
 from rlhf_ray.config.schema import RunConfig
 from rlhf_ray.errors import ConfigError
 
@@ -54,18 +54,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def dump_config(config: RunConfig) -> dict[str, object]:
     """All values, defaults included, as JSON can hold them; secrets are `***`."""
-    return cast(dict[str, object], _redacted(config.model_dump(mode="json")))
-
-
-def _redacted(value: Raw) -> Raw:
-    if isinstance(value, list):
-        return [_redacted(entry) for entry in value]
-    if isinstance(value, dict):
-        return {
-            key: "***" if is_secret(key) and isinstance(entry, str) else _redacted(entry)
-            for key, entry in value.items()
-        }
-    return value
+    return cast(dict[str, object], redacted(config.model_dump(mode="json")))
 
 
 def read_document(source: str | Path | Mapping[str, object], overrides: Sequence[str] = ()) -> Document:
@@ -93,7 +82,7 @@ def read_text(source: str | Path) -> str:
     """
     path = Path(source)
     try:
-        return path.read_text(encoding="utf-8")
+        return read_limited(path)
     except FileNotFoundError:
         return _read_packaged(source)
     except UnicodeDecodeError as error:

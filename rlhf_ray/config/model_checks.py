@@ -20,7 +20,8 @@ from rlhf_ray.config.schema import EMBEDDED_MODEL, EMBEDDED_TEMPLATES, ModelSect
 Kind = Literal["language", "reward", "either"]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,19 @@ def _folder_mistakes(folder: Path, kind: Kind, has_template: bool) -> Iterator[s
 
 
 def _weights_mistakes(folder: Path) -> Iterator[str]:
-    indexes = list(folder.glob("*.index.json"))
-    if any((folder / name).is_file() for name in _SINGLE_WEIGHTS):
+    if (folder / _WEIGHTS).is_file():
         return
+    indexes = list(folder.glob("*.safetensors.index.json"))
     if not indexes:
-        yield f"has no weights ({' or '.join(_SINGLE_WEIGHTS)})"
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            yield (
+                f"has its weights as {pickles[0]}, a pickle, which may run anything when it is read; where "
+                "you trust it, load it with transformers and save it with save_pretrained, which writes "
+                f"{_WEIGHTS}"
+            )
+        else:
+            yield f"has no weights ({_WEIGHTS})"
         return
     try:
         shards = cast(dict[str, str], _read_json(indexes[0]).get("weight_map") or {})

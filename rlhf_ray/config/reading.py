@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import yaml
 
@@ -19,6 +20,7 @@ from rlhf_ray.config.document import (
     Raw,
     as_text,
     dotted,
+    is_secret,
     is_text,
     kind,
     shown,
@@ -27,6 +29,25 @@ from rlhf_ray.config.document import (
 from rlhf_ray.errors import ConfigError
 
 _AFTER_THE_FILE = 1_000_000
+LARGEST_TEXT = 1_000_000
+"""Characters of a file."""
+MOST_VALUES = 100_000
+"""Of a file, aliases taken for what they stand for: a few lines of them may stand for more than there is room
+for."""
+
+
+def read_limited(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ConfigError: it is longer than any configuration, or has no end.
+        OSError, UnicodeDecodeError, ValueError: it cannot be read.
+    """
+    with path.open(encoding="utf-8") as file:
+        text = file.read(LARGEST_TEXT + 1)
+    if len(text) > LARGEST_TEXT:
+        raise ConfigError(f"{path}: has more than {LARGEST_TEXT:,} characters, and cannot be a configuration")
+    return text
 
 
 def read_yaml(text: str, name: str, document: Document) -> None:
@@ -57,7 +78,8 @@ def apply_override(text: str, number: int, document: Document) -> None:
     """
     key, equals, written = text.partition("=")
     pieces = key.strip().split(".")
-    place = Place(without_secrets(f"override {text}"), _AFTER_THE_FILE + number)
+    label = f"{key}=***" if any(map(is_secret, pieces)) else without_secrets(text)
+    place = Place(f"override {label}", _AFTER_THE_FILE + number)
     if not is_text(text):
         document.note(Place(ascii(place.label), place.order), "holds a character that is not text")
     elif not equals or not all(pieces):
@@ -138,6 +160,7 @@ class _Reader:
         self.document = document
         self.place = place
         self.around: list[yaml.Node] = []
+        self.num_values = 0
 
     def read(self, text: str, path: KeyPath) -> Raw:
         try:
@@ -154,6 +177,9 @@ class _Reader:
             raise _NotYaml("nested too deeply") from error
 
     def _build(self, node: yaml.Node, path: KeyPath) -> Raw:
+        self.num_values += 1
+        if self.num_values > MOST_VALUES:
+            raise _NotYaml(f"its aliases stand for more than {MOST_VALUES:,} values")
         self.document.places.setdefault(path, self.place(node))
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, path)

@@ -14,7 +14,7 @@ from pydantic import Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
 from rlhf_ray.config.document import Document, KeyPath, nearest
-from rlhf_ray.config.reading import read_yaml
+from rlhf_ray.config.reading import read_limited, read_yaml
 from rlhf_ray.config.schema import EMBEDDED_CONSTITUTION, Section
 from rlhf_ray.data.conversations import Turns
 from rlhf_ray.errors import ConfigError
@@ -134,7 +134,7 @@ def _read(path: str) -> str:
         resource = importlib.resources.files("rlhf_ray.data") / "embedded" / "constitution.yaml"
         return resource.read_text(encoding="utf-8")
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return read_limited(Path(path).expanduser())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name a YAML file, or {EMBEDDED_CONSTITUTION}") from None
     except UnicodeDecodeError as error:

@@ -36,6 +36,8 @@ def read_file(path: Path) -> Iterator[Row]:
         raise DataError(
             f"{path}: unknown kind of file; use one of {', '.join(READERS)}, or one of them compressed as .gz"
         )
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is no ordinary file; name one, or a folder of a dataset")
     try:
         with _open(path) as stream:
             yield from READERS[_kind(path)](stream, path)

@@ -198,12 +198,13 @@ def _read_embedded(section: DatasetSection) -> Iterator[Row]:
 def _read_folder(section: DatasetSection, folder: Path) -> Iterator[Row]:
     import datasets
 
+    datasets.utils.logging.disable_progress_bar()
     if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _read_hub(section.model_copy(update={"path": str(folder)}))
     # Written by `save_to_disk`, which `load_dataset` refuses.
     try:
         saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what the library does with files that it did not write
         raise DataError(f"dataset.path={section.path}: cannot be read: {error}") from error
     splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     if section.split not in splits:
@@ -217,6 +218,7 @@ def _read_folder(section: DatasetSection, folder: Path) -> Iterator[Row]:
 def _read_hub(section: DatasetSection) -> Iterator[Row]:
     import datasets
 
+    datasets.utils.logging.disable_progress_bar()
     try:
         return iter(datasets.load_dataset(section.path, section.name, split=section.split))
     except OSError as error:
@@ -224,7 +226,7 @@ def _read_hub(section: DatasetSection) -> Iterator[Row]:
             f"dataset.path={section.path}: neither a local file or folder with data, nor a hub dataset that "
             f"can be reached: {error}"
         ) from error
-    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
+    except Exception as error:  # what the library makes of a folder may be anything
         raise DataError(
             # A damaged file of the dataset is named by the cause of the error, not by the error.
             f"dataset.path={section.path}, split={section.split}, name={section.name}: "

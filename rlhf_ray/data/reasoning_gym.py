@@ -7,6 +7,9 @@ it) and `task_options`; and `answer`, for rewards that compare texts.
 from __future__ import annotations
 
 import difflib
+import json
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from typing import Protocol, cast
@@ -23,6 +26,10 @@ TEST_SHARE = 4
 """One question in so many belongs to the split `test`."""
 ATTEMPTS = 10
 """Questions that are made for each that is wanted, before the task is said to have no more."""
+LARGE = 1000
+"""An option beyond it may ask for questions that take for ever to make: a number of a million digits, say."""
+PATIENCE = 30.0
+"""Seconds for the first question where an option is large."""
 
 
 class Task(Protocol):
@@ -71,6 +78,7 @@ def read_reasoning_gym(section: DatasetSection, seed: int) -> Iterator[Row]:
     wanted = section.limit or DEFAULT_SIZE
     size = ATTEMPTS * wanted
     own_seed = derive_seed(seed, SPLITS.index(section.split))
+    _check_pace(section, own_seed)
     task = make_task(section.path.removeprefix(PREFIX), section.options, own_seed, size)
     return _rows(section, task, size, wanted)
 
@@ -96,6 +104,40 @@ def _rows(section: DatasetSection, task: Task, size: int, wanted: int) -> Iterat
         }
         if len(seen) == wanted:
             return
+
+
+def _check_pace(section: DatasetSection, seed: int) -> None:
+    """Have a question made in another process: this one could not be interrupted in a long multiplication.
+
+    Raises:
+        DataError: it takes too long.
+    """
+    if not _is_large(section.options):
+        return
+    made = "import json, sys; from rlhf_ray.data.reasoning_gym import make_task; "
+    made += "make_task(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))[0]"
+    name, options = section.path.removeprefix(PREFIX), json.dumps(section.options)
+    try:
+        # Failures are said where the question is made here.
+        subprocess.run(
+            [sys.executable, "-c", made, name, options, str(seed)],
+            capture_output=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise DataError(
+            f"dataset.options={section.options}: {section.path} takes more than {PATIENCE:g} s for a "
+            "question with them; lower them"
+        ) from None
+
+
+def _is_large(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_is_large, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_is_large, value))
+    return isinstance(value, int | float) and abs(value) > LARGE
 
 
 def split_of(question: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.config.schema import OptimizerSection, TrainingSection
 from rlhf_ray.engines.partitioned import loading_in_parts
+from rlhf_ray.engines.random_state import load_random_state, random_path, save_random_state
 from rlhf_ray.engines.resting import DeviceState, offload_config
 from rlhf_ray.errors import CheckpointError
 from rlhf_ray.weights.source import ModuleWeightSource
@@ -246,9 +246,9 @@ class TrainEngine:
             str(folder),
             tag="state",
             save_latest=False,
-            client_state={"rng": _rng_state()},
             exclude_frozen_parameters=True,
         )
+        save_random_state(random_path(folder, self.world.rank))
         if self.world.rank == 0:
             (folder / LAYOUT_FILE).write_text(json.dumps(self._layout))
 
@@ -279,17 +279,18 @@ class TrainEngine:
                 "training.zero_stage of the first run"
             )
         try:
-            _, client = self.engine.load_checkpoint(
-                # What is frozen is not part of the state.
-                str(folder),
-                tag="state",
-                load_module_strict=self.lora is None,
-            )
+            with no_foreign_code():
+                self.engine.load_checkpoint(
+                    # What is frozen is not part of the state.
+                    str(folder),
+                    tag="state",
+                    load_module_strict=self.lora is None,
+                )
+            load_random_state(random_path(folder, self.world.rank))
         except (OSError, RuntimeError, AssertionError, KeyError, EOFError, UnpicklingError) as error:
             raise CheckpointError(
                 f"{folder}: damaged: {error}; remove it to resume from an earlier one"
             ) from error
-        _set_rng_state(client["rng"])
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -324,11 +325,22 @@ def _schedule(optimizer: OptimizerSection, total_steps: int) -> Callable[[int], 
     return factor
 
 
-def _rng_state() -> dict[str, object]:
-    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+@contextmanager
+def no_foreign_code() -> Iterator[None]:
+    """DeepSpeed's files are pickles, which may run anything when they are read. In the block torch reads
+    tensors, plain values and these classes of DeepSpeed alone, whatever DeepSpeed asks it for."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
-
-def _set_rng_state(state: dict[str, object]) -> None:
-    torch.set_rng_state(state["torch"])  # type: ignore[arg-type]
-    np.random.set_state(state["numpy"])  # type: ignore[arg-type]
-    random.setstate(state["python"])  # type: ignore[arg-type]
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -41,12 +41,13 @@ class HFGenerator(TokenGenerator):
         """
         super().__init__(max_model_len, version)
         torch.set_num_threads(threads)
-        self._batch_size = section.max_num_seqs
+        self.batch_size = section.max_num_seqs
         self._eos_ids = list(read_eos_ids(model_folder))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # Any: transformers' annotations of `to` and `generate` do not fit its own classes.
         dtype = getattr(torch, section.dtype)
-        self._model = cast(Any, AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype))
+        read = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, use_safetensors=True)
+        self._model = cast(Any, read)
         self._model.to(self._device).eval()
         # Every setting is given with the call; the folder's own sampling defaults must not slip in.
         self._model.generation_config = type(self._model.generation_config)()
@@ -119,11 +120,11 @@ class HFGenerator(TokenGenerator):
     def _sample(self, requests: Sequence[Request], sampling: SamplingSpec) -> list[Sample]:
         if sampling.fixed_lengths is not None:
             raise GenerationError("engine.backend=transformers: answers of fixed lengths need vllm")
-        batches = range(0, len(requests), self._batch_size)
+        batches = range(0, len(requests), self.batch_size)
         return [
             sample
             for start in batches
-            for sample in self._sample_batch(requests[start : start + self._batch_size], sampling)
+            for sample in self._sample_batch(requests[start : start + self.batch_size], sampling)
         ]
 
     @torch.no_grad()

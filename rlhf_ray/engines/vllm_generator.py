@@ -234,6 +234,7 @@ def engine_arguments(
         "model": model_folder,
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
+        "load_format": "safetensors",  # never a pickle
         "dtype": section.dtype,
         "tensor_parallel_size": section.tensor_parallel_size,
         "max_model_len": max_model_len,

@@ -13,7 +13,7 @@ from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.constitution import Constitution, Principle
 from rlhf_ray.data.conversations import Turns
 from rlhf_ray.loops.parts import Parts
-from rlhf_ray.loops.stage_run import StageRun
+from rlhf_ray.loops.stage_run import StageRun, num_logged
 from rlhf_ray.reporting.revisions import (
     Revision,
     RevisionRound,
@@ -52,10 +52,15 @@ class RevisionLoop:
     def __call__(self) -> list[Revision]:
         run, parts = self.run, self.parts
         parts.check_same_origin()
-        run.begin(len(parts.done()), len(parts))
-        for step, rows in parts.left():
-            revisions = self.revise(self.prompts.select(rows))
-            write_revisions(parts.path(step), revisions)
+        # A run may have been cut off between the file of a step and its metrics, which are then made of it.
+        start = min(len(parts.done()), num_logged(run.folder))
+        run.begin(start, len(parts))
+        for step, rows in parts.left(start):
+            if parts.path(step).exists():
+                revisions = read_revisions(parts.path(step))
+            else:
+                revisions = self.revise(self.prompts.select(rows))
+                write_revisions(parts.path(step), revisions)
             run.log(step, revision_metrics(revisions))
             run.stop_if_asked(step + 1)
         return read_all(parts)

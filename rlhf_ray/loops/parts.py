@@ -40,9 +40,9 @@ class Parts:
     def done(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self.kind}-*.jsonl"))
 
-    def left(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """The steps that are still to be done, with the numbers of their prompts."""
-        for step in range(len(self.done()), len(self)):
+    def left(self, start: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """The steps from `start` on, with the numbers of their prompts."""
+        for step in range(start, len(self)):
             start = step * self.prompts_per_step
             yield step, np.arange(start, min(start + self.prompts_per_step, len(self.prompts)))
 

@@ -10,13 +10,14 @@ from typing import Protocol, cast
 
 import krippendorff
 import numpy as np
+from numpy.typing import NDArray
 
 from rlhf_ray.config.schema import ConstitutionAnnotator, PreferencesSection
 from rlhf_ray.data.constitution import Constitution
 from rlhf_ray.data.formats import PreferenceExample
 from rlhf_ray.errors import DataError
 from rlhf_ray.loops.parts import Parts
-from rlhf_ray.loops.stage_run import StageRun
+from rlhf_ray.loops.stage_run import StageRun, num_logged
 from rlhf_ray.reporting.files import dump_line, read_lines, write_text
 from rlhf_ray.roles import Generator, Pending
 from rlhf_ray.seeds import derive_seed
@@ -57,18 +58,27 @@ class PreferencesLoop:
     def __call__(self) -> list[JudgedPair]:
         run, parts = self.run, self.parts
         parts.check_same_origin()
-        run.begin(len(parts.done()), len(parts))
-        for step, rows in parts.left():
-            seed = derive_seed(run.seed, step)
-            rollouts = self.generator.generate(self.prompts.select(rows), self.sampling, seed)
-            judged = [pair for chunk in rollouts for pair in self.annotators.annotate(chunk).result()]
-            for model in self.feedback:
-                judged = model.judge(judged)
-            write_text(parts.path(step), "".join(dump_line(asdict(pair)) for pair in judged))
+        # A run may have been cut off between the file of a step and its metrics, which are then made of it.
+        start = min(len(parts.done()), num_logged(run.folder))
+        run.begin(start, len(parts))
+        for step, rows in parts.left(start):
+            if parts.path(step).exists():
+                judged = read_part(parts.path(step))
+            else:
+                judged = self._judge(step, rows)
+                write_text(parts.path(step), "".join(dump_line(asdict(pair)) for pair in judged))
             counts = {"preferences/prompts": float(len(rows))}
             run.log(step, counts | agreement(judged) | feedback_metrics(judged))
             run.stop_if_asked(step + 1)
         return [pair for part in parts.done() for pair in read_part(part)]
+
+    def _judge(self, step: int, rows: NDArray[np.int64]) -> list[JudgedPair]:
+        seed = derive_seed(self.run.seed, step)
+        rollouts = self.generator.generate(self.prompts.select(rows), self.sampling, seed)
+        judged = [pair for chunk in rollouts for pair in self.annotators.annotate(chunk).result()]
+        for model in self.feedback:
+            judged = model.judge(judged)
+        return judged
 
     @property
     def parts(self) -> Parts:

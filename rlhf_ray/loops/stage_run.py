@@ -27,13 +27,19 @@ def last_logged(path: Path) -> Metrics:
     return {name: value for name, value in rows[-1].items() if isinstance(value, float)} if rows else {}
 
 
+def num_logged(folder: RunFolder) -> int:
+    """Steps of which the metrics are there."""
+    return len(read_metrics(folder.metrics_path)) if folder.metrics_path.exists() else 0
+
+
 @dataclass
 class StageRun:
     """
     Fields:
         open_log: opens the metrics log at the first step that will be logged.
         first_step: steps of the stage that another loop did before; this loop's own count from 0.
-        interrupt: set when the person asked to stop; the loop saves after the step it is in.
+        interrupt: set when the person asked to stop, or the deadline has come; the loop saves after the step
+            it is in.
         timings: seconds of each kind of work since it was last asked (`time/...`).
     """
 
@@ -87,7 +93,7 @@ class StageRun:
         self.progress.step(step + 1, self.last_metrics)
 
     def save_or_stop(self, done: int, models: Mapping[str, Trained], state: Callable[[], State]) -> None:
-        """Save a checkpoint if one is due, or if the person asked to stop.
+        """Save a checkpoint if one is due, if the last step was the best, or if the person asked to stop.
 
         Args:
             done: number of steps done.
@@ -95,8 +101,10 @@ class StageRun:
         Raises:
             Interrupted: after saving.
         """
-        if self.interrupt.is_set() or self.checkpoints.is_due(done):
-            self.checkpoints.save(done, models, state())
+        if self.interrupt.is_set() or self.checkpoints.is_due(done, self.last_metrics):
+            if self._log is not None:
+                self._log.sync()
+            self.checkpoints.save(done, models, state(), self.last_metrics)
         self.stop_if_asked(done)
 
     def stop_if_asked(self, done: int) -> None:

@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -158,8 +159,24 @@ def eos_token_ids(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> 
 
 def max_model_length(section: ModelSection) -> int:
     """Positions that the model was made for."""
-    config = AutoConfig.from_pretrained(materialise(section), trust_remote_code=section.trust_remote_code)
-    return int(getattr(config, "max_position_embeddings", 1 << 30))
+    return int(getattr(model_config(section), "max_position_embeddings", 1 << 30))
+
+
+def model_config(section: ModelSection) -> PretrainedConfig:
+    """
+    Raises:
+        ModelError: it cannot be read, or only by code that comes with the model.
+    """
+    source = materialise(section)
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model.path={section.path}: its configuration names code of its own, which is not run; if "
+                "you have read it and trust it, set model.trust_remote_code=true"
+            ) from error
+        raise ModelError(f"model.path={section.path}: cannot be loaded ({_first_line(error)})") from error
 
 
 def load_policy_model(
@@ -187,7 +204,7 @@ def load_scalar_model(
     Args:
         whole: in its block a layer that is held in parts may be written to.
     """
-    config = AutoConfig.from_pretrained(materialise(section), trust_remote_code=section.trust_remote_code)
+    config = model_config(section)
     has_head = any("SequenceClassification" in name for name in config.architectures or [])
     if has_head and config.num_labels != 1:
         raise ModelError(
@@ -212,10 +229,15 @@ def _attention(name: Attention) -> dict[str, object]:
 
 
 def _load(auto: type, section: ModelSection, dtype: torch.dtype, **options: object) -> PreTrainedModel:
+    model_config(section)
     source = materialise(section)
     try:
         return auto.from_pretrained(  # type: ignore[attr-defined]
-            source, dtype=dtype, trust_remote_code=section.trust_remote_code, **options
+            source,
+            dtype=dtype,
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,  # never a pickle
+            **options,
         )
     except ImportError as error:
         wanted = options.get("attn_implementation", "auto")

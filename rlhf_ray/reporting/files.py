@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from rlhf_ray.errors import DataError
+from rlhf_ray.errors import DataError, DiskFullError
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -32,11 +34,64 @@ def written_aside(path: Path) -> Iterator[Path]:
     finally:
         aside.unlink(missing_ok=True)
     # The rename itself is durable only once the folder is.
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """What is in the file is on the disk when this returns; of a folder, its list of names."""
+    opened = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
+
+
+def sync_tree(folder: Path) -> None:
+    """The folder and all that is in it."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that a file in an existing folder may still take, as far as the file system says."""
+    return shutil.disk_usage(folder).free
+
+
+def shown_size(size: float) -> str:
+    """`1.5 GB`"""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_IN_NATIVE_WORDS = ("unexpected pos", "file write failed", "failed writing", *map(os.strerror, _FULL))
+"""How torch and safetensors say that a file could not be written; neither passes on the system's number."""
+
+
+@contextmanager
+def naming_a_full_disk(folder: Path) -> Iterator[None]:
+    """
+    Raises:
+        DiskFullError: something in the block could not be written, since the disk or a quota is full.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in _FULL or any(words in str(error) for words in _FULL_IN_NATIVE_WORDS):
+            reason = str(error).strip().splitlines()[0]
+            raise DiskFullError(f"{folder}: the disk, or a quota on it, is full ({reason})") from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -108,6 +109,10 @@ class MetricsLog:
         self._file.flush()
         for tracker in self._trackers:
             tracker.log(step, numbers)
+
+    def sync(self) -> None:
+        """What was logged is on the disk: a checkpoint must not be ahead of it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

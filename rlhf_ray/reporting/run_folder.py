@@ -21,7 +21,7 @@ from rlhf_ray.types import Metrics
 Status = Literal["running", "done", "failed", "interrupted"]
 
 RUN_FILE = "run.json"
-_OWN_NAMES = ("metrics.jsonl", "eval.jsonl", "report.md", "rollouts", "checkpoints", "model")
+_OWN_NAMES = ("metrics.jsonl", "eval.jsonl", "report.md", "rollouts", "checkpoints", "model", "best")
 _DISTRIBUTIONS = {
     "rlhf_ray": ("rlhf_ray",),
     "torch": ("torch",),

@@ -33,6 +33,7 @@ class HttpSource:
     def __init__(self, section: HttpReward, token: SecretStr | None) -> None:
         self.section = section
         self.headers = {"Content-Type": "application/json"}
+        self.token = token
         if token is not None:
             self.headers["Authorization"] = f"Bearer {token.get_secret_value()}"
         self.slots = asyncio.Semaphore(section.max_concurrency)
@@ -86,7 +87,9 @@ class HttpSource:
         return f"reward '{self.section.name}': the server at {self.section.url}"
 
     def _failure(self, what: str) -> RewardError:
-        return RewardError(f"{self._where} {what}")
+        """A server may repeat what it was sent."""
+        token = self.token.get_secret_value() if self.token else ""
+        return RewardError(f"{self._where} {what.replace(token, '***') if token else what}")
 
     def close(self) -> None:
         pass

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_ray.algorithms.metrics import MetricSums, finalise, merge, pack, unpack
 from rlhf_ray.config.schema import Layout, OptimizerSection, TrainingSection
 from rlhf_ray.engines.deepspeed_engine import TrainEngine, World, init_world, leave_world
+from rlhf_ray.engines.random_state import seed_everything
 from rlhf_ray.engines.sequence_parallel import SequenceGroup
 from rlhf_ray.models.adapters import add_adapter, save_adapter
 from rlhf_ray.models.batching import TokenBatch, same_prompts
@@ -25,6 +26,8 @@ from rlhf_ray.models.inference import forward_rows, in_row_order
 from rlhf_ray.models.loading import save_model_folder
 from rlhf_ray.models.planning import plan_micro_batches
 from rlhf_ray.models.sharing import check_sharing
+from rlhf_ray.reporting.files import naming_a_full_disk
+from rlhf_ray.seeds import derive_seed
 from rlhf_ray.types import Metrics, Ragged, Rows
 
 ADAPTER_FOLDER = "adapter"
@@ -100,6 +103,7 @@ class ModelWorker:
             model = self.engine.module.model
             assert isinstance(model, PreTrainedModel)
             check_sharing(model)
+        seed_everything(derive_seed(spec.seed, spec.world.rank))
 
     def update(
         self,
@@ -208,12 +212,14 @@ class ModelWorker:
         if self.world.rank == 0:
             model = self.engine.module.model
             assert isinstance(model, PreTrainedModel)
-            save_model_folder(model, state, self.tokenizer, folder)
-            if trained:
-                save_adapter(model, trained, folder / ADAPTER_FOLDER)
+            with naming_a_full_disk(folder):
+                save_model_folder(model, state, self.tokenizer, folder)
+                if trained:
+                    save_adapter(model, trained, folder / ADAPTER_FOLDER)
 
     def save_state(self, folder: Path) -> None:
-        self.engine.save_state(folder)
+        with naming_a_full_disk(folder):
+            self.engine.save_state(folder)
 
     def load_state(self, folder: Path) -> None:
         self.engine.load_state(folder)

@@ -272,7 +272,7 @@ def _sharded(folder: Path) -> None:
     ("damage", "messages"),
     [
         (_without("config.json"), ["has no config.json; it is no model folder"]),
-        (_without("model.safetensors"), ["has no weights (model.safetensors or pytorch_model.bin)"]),
+        (_without("model.safetensors"), ["has no weights (model.safetensors)"]),
         (_without("tokenizer.json"), ["has no tokenizer (tokenizer.json or tokenizer.model)"]),
         (
             _without("chat_template.jinja"),
@@ -281,7 +281,7 @@ def _sharded(folder: Path) -> None:
         (
             _without("model.safetensors", "tokenizer.json"),
             [
-                "has no weights (model.safetensors or pytorch_model.bin)",
+                "has no weights (model.safetensors)",
                 "has no tokenizer (tokenizer.json or tokenizer.model)",
             ],
         ),

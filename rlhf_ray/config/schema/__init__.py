@@ -24,12 +24,12 @@ from rlhf_ray.config.schema.base import (
     Positive,
     Section,
 )
+from rlhf_ray.config.schema.checkpoint import CheckpointSection, KeepBestSection, seconds_left
 from rlhf_ray.config.schema.constitution import ConstitutionSection
 from rlhf_ray.config.schema.environments import EnvironmentSection
 from rlhf_ray.config.schema.machinery import (
     ROLES,
     Attention,
-    CheckpointSection,
     ClusterSection,
     EngineSection,
     Layout,
@@ -96,6 +96,7 @@ __all__ = [
     "HttpReward",
     "JudgeReward",
     "KVOnUpdate",
+    "KeepBestSection",
     "Layout",
     "LengthReward",
     "LoggingSection",
@@ -129,5 +130,6 @@ __all__ = [
     "TextVerifier",
     "TrainingSection",
     "WandbSection",
+    "seconds_left",
     "turn_names",
 ]

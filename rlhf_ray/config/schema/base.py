@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from rlhf_ray.config.document import Raw, redacted
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 EMBEDDED_TEMPLATES = ("embedded:chatml", "embedded:sums")
@@ -17,6 +20,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """Options with keys of one's own may hold secrets, and a section may stand in a message."""
+        for name, value in super().__repr_args__():
+            yield name, redacted(cast(Raw, value)) if isinstance(value, dict) else value
 
 
 class ModelSection(Section):

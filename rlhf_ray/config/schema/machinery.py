@@ -278,13 +278,6 @@ class LoggingSection(Section):
     tensorboard: bool = False
 
 
-class CheckpointSection(Section):
-    """every: optimizer or RL steps between checkpoints of a stage; null saves only on Ctrl-C."""
-
-    every: Positive | None = 50
-    keep_last: Positive = 1
-
-
 class ClusterSection(Section):
     """address: null starts Ray on this machine for the run; `auto` or host:port joins a running cluster."""
 

@@ -10,9 +10,9 @@ from typing import Literal
 from pydantic import model_validator
 
 from rlhf_ray.config.schema.base import ModelSection, NonNegative, Section
+from rlhf_ray.config.schema.checkpoint import CheckpointSection
 from rlhf_ray.config.schema.constitution import ConstitutionSection
 from rlhf_ray.config.schema.machinery import (
-    CheckpointSection,
     ClusterSection,
     EngineSection,
     LoggingSection,
