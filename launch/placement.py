@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,10 +13,11 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.group import ActorGroup, Timeline, Turns
+from actors.calls import Turns
+from actors.group import ActorGroup, Losses, Timeline, Unbearable
 from actors.host import AsyncHost, Host
 from rlhf_ray.config.schema import ClusterSection, RoleSection
-from rlhf_ray.errors import ResourceError
+from rlhf_ray.errors import ResourceError, WorkerLost
 from rlhf_ray.reporting.run_folder import RunFolder
 
 GIB = 1 << 30
@@ -117,18 +118,27 @@ def take_turns(demands: Sequence[RoleDemand], shares: Mapping[str, RoleShare], c
 class Placement:
     """The resources of a stage, held until `release`.
 
+    Args:
+        losses: is told of the actors that die and are replaced; without it none is.
+
     Raises:
         ResourceError: the cluster does not have them, or not within `cluster.start_timeout`.
     """
 
-    def __init__(self, demands: Sequence[RoleDemand], cluster: ClusterSection, folder: RunFolder) -> None:
+    def __init__(
+        self,
+        demands: Sequence[RoleDemand],
+        cluster: ClusterSection,
+        folder: RunFolder,
+        losses: Losses | None = None,
+    ) -> None:
         capacity = Capacity.of_cluster()
         self.demands = {demand.name: demand for demand in demands}
         self.shares = resolve_shares(demands, capacity)
         self.cluster = cluster
         self.folder = folder
         self.turns = Turns(take_turns(demands, self.shares, capacity))
-        self.timeline = Timeline()
+        self.timeline = Timeline(losses or Unbearable())
         self._groups: list[ActorGroup] = []
         self._first_bundle: dict[str, int] = {}
         bundles: list[dict[str, float]] = []
@@ -136,6 +146,7 @@ class Placement:
             self._first_bundle[demand.name] = len(bundles)
             bundles += [self._bundle(demand)] * demand.section.count
         self._group = self._reserve(bundles, capacity)
+        self._nodes = _nodes_alive()
 
     def _bundle(self, demand: RoleDemand) -> dict[str, float]:
         share = self.shares[demand.name]
@@ -186,25 +197,28 @@ class Placement:
     def start(self, name: str, host: type[Host] = Host) -> ActorGroup:
         """Start the actors of a role; their workers are built by `ActorGroup.build`."""
         share, demand = self.shares[name], self.demands[name]
-        handles = [
-            self._start_host(
-                f"{name}-{rank}" if demand.section.count > 1 else name,
-                share,
-                self._first_bundle[name] + rank,
-                host,
-            )
-            for rank in range(demand.section.count)
-        ]
-        return self._grouped(name, handles)
+
+        def start(rank: int) -> ActorHandle:
+            own = f"{name}-{rank}" if demand.section.count > 1 else name
+            return self._start_host(own, share, self._first_bundle[name] + rank, host)
+
+        return self._grouped(name, demand.section.count, start)
 
     def start_helper(self, name: str) -> ActorGroup:
         """Start an actor that needs no share of its own: it works little, and while the others wait."""
-        return self._grouped(name, [self._start_host(name, RoleShare(0, 0, 1), None)])
+        return self._grouped(name, 1, lambda rank: self._start_host(name, RoleShare(0, 0, 1), None))
 
-    def _grouped(self, name: str, handles: list[ActorHandle]) -> ActorGroup:
+    def _grouped(self, name: str, count: int, start: Callable[[int], ActorHandle]) -> ActorGroup:
+        def start_again(rank: int) -> ActorHandle:
+            if not self._nodes <= _nodes_alive():
+                raise WorkerLost(f"{name}: a machine of the cluster is gone, and with it what was reserved")
+            return start(rank)
+
         is_apart = name in self.demands and self.demands[name].is_apart
         turns = Turns(enabled=False) if is_apart else self.turns
-        group = ActorGroup(name, handles, turns, self.timeline, self.cluster.call_timeout)
+        handles = [start(rank) for rank in range(count)]
+        timeout = float(self.cluster.call_timeout)
+        group = ActorGroup(name, handles, turns, self.timeline, timeout, start_again)
         self._groups.append(group)
         return group
 
@@ -238,6 +252,10 @@ class Placement:
         for group in self._groups:
             group.kill()
         remove_placement_group(self._group)
+
+
+def _nodes_alive() -> set[str]:
+    return {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -26,5 +26,5 @@ def start_reference(context: StageContext, placement: Placement, model: ModelSec
         "threads": placement.shares[ROLE].threads,
     }
     factory = "rlhf_ray.workers.frozen:ReferenceWorker"
-    group.build(factory, [arguments], context.config.cluster.start_timeout)
+    group.build(factory, [arguments], context.config.cluster.start_timeout, is_pure=True)
     return group
