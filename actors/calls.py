@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from actors.failures import dead_actor, failure_of
+from actors.pulse import PERIOD, Pulse
 from rlhf_ray.errors import RlhfRayError, WeightSyncError, WorkerError, WorkerLost
 
 T = TypeVar("T")
@@ -51,6 +52,10 @@ class Role(Protocol):
         ...
 
     def answered(self, task: Task) -> None: ...
+
+    def listen(self, rank: int) -> WorkerLost | None:
+        """The actor's death, if it is so silent that it must be dead."""
+        ...
 
     def start_again(self, rank: int, failure: RlhfRayError) -> None:
         """Raises: the failure, if the actor cannot be replaced."""
@@ -114,7 +119,8 @@ class OpenCalls:
     roles take turns, and when one of them fails, that is the reason, and it is known at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pulse: Pulse) -> None:
+        self._pulse = pulse
         self._open: dict[Task, None] = {}
         self._spans: list[tuple[int, str, Span]] = []
         self._turns = itertools.count()
@@ -197,18 +203,35 @@ class OpenCalls:
         while is_missing():
             self._hasten(mine)
             sent = self._sent()
+            left = deadline - time.monotonic()
             # The first in the order of the list: what failed stands before what failed because of it.
-            ready, _ = ray.wait(list(sent), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            ready, _ = ray.wait(list(sent), num_returns=1, timeout=min(PERIOD, max(0.0, left)))
             if ready:
                 was_lost = self._settle(sent[ready[0]])
+            elif left <= 0:
+                was_lost = self._overdue(mine, timeout)
             else:
-                unanswered = self._unanswered(mine)
-                names = ", ".join(task.name for task in unanswered)
-                failure = WorkerLost(f"no answer within {timeout:g} s from {names}")
-                self.start_again(unanswered[0].role, unanswered[0].at, failure)
-                was_lost = True
+                was_lost = self._listen()
             if was_lost:
                 deadline = time.monotonic() + timeout
+
+    def _overdue(self, mine: Sequence[Task], timeout: float) -> bool:
+        unanswered = self._unanswered(mine)
+        names = ", ".join(task.name for task in unanswered)
+        first, failure = unanswered[0], WorkerLost(f"no answer within {timeout:g} s from {names}")
+        self.start_again(first.role, first.at, failure)
+        return True
+
+    def _listen(self) -> bool:
+        """Whether an actor was found dead by its silence, and replaced."""
+        if not self._pulse.is_due:
+            return False
+        asked = {(id(task.role), task.at): task for task in self._open if task.is_sent}
+        for task in asked.values():
+            if (failure := task.role.listen(task.at)) is not None:
+                self.start_again(task.role, task.at, failure)
+                return True
+        return False
 
     def _sent(self) -> dict[ray.ObjectRef, Task]:
         return {task.done: task for task in self._open if task.is_sent}

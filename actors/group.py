@@ -11,8 +11,9 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.calls import OpenCalls, Remote, Task, Turns
-from rlhf_ray.errors import RlhfRayError
-from rlhf_ray.health import Event, Health
+from actors.pulse import Pulse
+from rlhf_ray.errors import RlhfRayError, WorkerLost
+from rlhf_ray.health import Event, Health, State
 from rlhf_ray.roles import Done
 from rlhf_ray.types import Metrics
 
@@ -45,12 +46,15 @@ class Timeline:
     """All calls of a stage: which are open, and when those that ended ran, by the clocks of their machines.
 
     Fields:
-        losses: of the stage's actors. since: when the time was taken last.
+        losses, pulse: of the stage's actors. since: when the time was taken last.
     """
 
     losses: Losses = field(default_factory=Unbearable)
-    open: OpenCalls = field(default_factory=OpenCalls)
+    pulse: Pulse = field(default_factory=Pulse)
     since: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.open = OpenCalls(self.pulse)
 
     def take(self) -> Metrics:
         """Seconds of each kind of call that ended since the last time, `time/<kind>`.
@@ -247,7 +251,7 @@ class ActorGroup:
     def in_service(self) -> list[int]:
         """Ranks that may be given work; those under suspicion only where there is no other."""
         usable = [rank for rank, health in enumerate(self._health) if health.is_in_service]
-        return [rank for rank in usable if self._health[rank].state != "suspect"] or usable
+        return [rank for rank in usable if self._health[rank].state is not State.SUSPECT] or usable
 
     def _server(self, task: Task) -> int | None:
         """The rank that the task is for, or one that stands in for it; None where it has to wait."""
@@ -270,9 +274,20 @@ class ActorGroup:
     def _note(self, rank: int, event: Event) -> None:
         before = self._health[rank]
         self._health[rank] = before.after(event)
-        is_back = self._health[rank].state == "healthy" and before.state in ("starting", "stale")
+        is_back = self._health[rank].state is State.HEALTHY and before.state in (State.STARTING, State.STALE)
         if is_back and self.num_starts[rank] > 1:
             self.timeline.losses.returned(self.label(rank))
+
+    def listen(self, rank: int) -> WorkerLost | None:
+        """To the actor's signs of life. Returns its death, if it has been silent for too long."""
+        if self._health[rank].state in (State.STARTING, State.DEAD):
+            return None  # the deadline for its start is its own
+        pulse = self.timeline.pulse
+        seconds = pulse.silence(self.handles[rank]._actor_id.hex())
+        self._note(rank, Event.SILENCE if seconds > pulse.limit / 2 else Event.SIGN)
+        if seconds <= pulse.limit:
+            return None
+        return WorkerLost(f"{self.label(rank)}: no sign of life for {seconds:.0f} s")
 
     def start_again(self, rank: int, failure: RlhfRayError) -> None:
         """Replace the actor of a rank; its calls are `OpenCalls.start_again`'s affair.

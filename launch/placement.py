@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.calls import Turns
 from actors.group import ActorGroup, Losses, Timeline, Unbearable
 from actors.host import AsyncHost, Host
+from actors.pulse import Pulse
 from rlhf_ray.config.schema import ClusterSection, RoleSection
 from rlhf_ray.errors import ResourceError, WorkerLost
 from rlhf_ray.reporting.run_folder import RunFolder
@@ -138,7 +139,7 @@ class Placement:
         self.cluster = cluster
         self.folder = folder
         self.turns = Turns(take_turns(demands, self.shares, capacity))
-        self.timeline = Timeline(losses or Unbearable())
+        self.timeline = Timeline(losses or Unbearable(), Pulse(float(cluster.heartbeat_timeout)))
         self._groups: list[ActorGroup] = []
         self._first_bundle: dict[str, int] = {}
         bundles: list[dict[str, float]] = []

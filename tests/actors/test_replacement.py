@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from ray.actor import ActorHandle
 from actors.calls import Turns
 from actors.group import ActorGroup, Timeline
 from actors.host import AsyncHost, Host
+from actors.pulse import Pulse
 from rlhf_ray.errors import RewardError, RlhfRayError, WorkerLost
 
 pytestmark = [pytest.mark.actors, pytest.mark.usefixtures("ray_cluster")]
@@ -41,11 +43,18 @@ class Counted:
 
 
 class Stage:
-    def __init__(self, logs: Path, turns: bool = False, limit: int = 10, timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        logs: Path,
+        turns: bool = False,
+        limit: int = 10,
+        timeout: float = 60.0,
+        silence: float = math.inf,
+    ) -> None:
         self.logs = logs
         self.turns = Turns(turns)
         self.losses = Counted(limit)
-        self.timeline = Timeline(self.losses)
+        self.timeline = Timeline(self.losses, Pulse(silence))
         self.timeout = timeout
         self.groups: list[ActorGroup] = []
 
@@ -215,3 +224,22 @@ def test_what_nobody_wants_is_not_asked_again(make_stage: Callable[..., Stage]) 
     assert wanted.result() == 0.6
     assert (wanted.tasks[0].rank, wanted.tasks[0].at) == (0, 1)
     assert not stage.timeline.open.is_open(unwanted.tasks[0])
+
+
+@pytest.mark.slow
+def test_a_process_that_stands_still_is_missed(make_stage: Callable[..., Stage]) -> None:
+    """It is stopped, not dead: Ray takes it for alive, and its call could run for an hour."""
+    stage = make_stage(silence=5.0)
+    engine, policy = stage.group("engine"), stage.group("policy", is_pure=False)
+    victim = pid(engine)
+    policy.call("sleep", 12.0)  # works on, and is heard
+    answer = engine.call("later", 0.5, 7)
+    start = time.monotonic()
+    os.kill(victim, signal.SIGSTOP)
+    assert answer.result() == 7
+    assert 5.0 < time.monotonic() - start < 25.0
+    assert stage.losses.losses == {"engine": 1}
+    assert pid(engine) != victim
+    os.kill(pid(policy), signal.SIGSTOP)
+    with pytest.raises(WorkerLost, match=r"^policy: no sign of life for \d+ s$"):
+        policy.call("add", 1).result()

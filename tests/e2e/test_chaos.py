@@ -55,30 +55,33 @@ def assert_same_run(run: Path, calm: Path) -> None:
     assert (record.status, record.num_resumed) == ("done", 0)
 
 
-def test_engines_and_frozen_models_are_replaced_in_their_place(
+def test_what_is_killed_is_replaced_or_the_stage_goes_back_to_its_checkpoint(
     workplace: Path, calm: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = workplace / "runs" / "pure"
-    with Killer(run, [(1, 0.05, "engine"), (2, 0.0, "reward"), (3, 0.1, "reference")]) as killer:
-        assert train("pure") == 0
-    assert killer.killed == ["engine", "reward", "reference"]
+    run = workplace / "runs" / "battered-roles"
+    with Killer(run, [(1, 0.05, "engine"), (2, 0.0, "reward"), (3, 0.1, "policy")]) as killer:
+        assert train("battered-roles") == 0
+    assert killer.killed == ["engine", "reward", "policy"]
     assert_same_run(run, calm)
-    assert events(run) == [(event, name) for name in killer.killed for event in ("lost", "returned")]
+    assert events(run) == [
+        (event, name) for name in ("engine", "reward", "all roles") for event in ("lost", "returned")
+    ]
     counts = [row.get("recovery/count", 0.0) for row in untimed(run)]
-    assert sum(map(float, counts)) == 3.0
-    assert (
-        "its process died; its log, and the kernel's, may say why; engine starts again\n"
-        in capfd.readouterr().out
-    )
+    assert sum(map(float, counts)) >= 1.0, "those before the checkpoint that it went back to are kept"
+    said = capfd.readouterr().out
+    assert "failed: its process died; its log, and the kernel's, may say why; engine starts again\n" in said
+    assert "\nreward: back after " in said
+    assert "online: resumed at step 2 of 6\n" in said
 
 
-def test_a_lost_rank_takes_the_stage_back_to_its_checkpoint(
-    workplace: Path, calm: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["reference", "critic", "experience", "engine"])
+def test_every_other_role_may_die_before_there_is_a_checkpoint(
+    workplace: Path, calm: Path, whom: str
 ) -> None:
-    run = workplace / "runs" / "rebuilt"
-    with Killer(run, [(3, 0.1, "policy")]) as killer:
-        assert train("rebuilt") == 0
-    assert killer.killed == ["policy"]
+    """The engine too: of those who wait for its first answers, none has heard of it."""
+    run = workplace / "runs" / f"without-{whom}"
+    with Killer(run, [(0, 0.2, whom)]) as killer:
+        assert train(f"without-{whom}") == 0
+    assert killer.killed == [whom]
     assert_same_run(run, calm)
-    assert events(run) == [("lost", "all roles"), ("returned", "all roles")]
-    assert "online: resumed at step 2 of 6\n" in capfd.readouterr().out

@@ -150,4 +150,7 @@ class ClusterSection(Section):
     object_store_mib: Positive = 500
     start_timeout: Positive = Field(300, description="seconds to wait for resources and for actors to start")
     call_timeout: Positive = Field(3600, description="seconds after which a call to a role counts as hung")
+    heartbeat_timeout: Annotated[int, Field(ge=10)] = Field(
+        60, description="seconds without a sign of life after which a process counts as dead"
+    )
     max_restarts: NonNegative = 3
