@@ -131,6 +131,7 @@ class Placement:
         demands: Sequence[RoleDemand],
         cluster: ClusterSection,
         folder: RunFolder,
+        *,
         losses: Losses | None = None,
     ) -> None:
         capacity = Capacity.of_cluster()

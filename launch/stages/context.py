@@ -120,7 +120,7 @@ class StageContext:
     @contextmanager
     def placement(self, demands: Sequence[RoleDemand]) -> Iterator[Placement]:
         """The stage's resources. On leaving, every actor is closed and the resources are given back."""
-        placement = Placement(demands, self.config.cluster, self.folder, self.recoveries)
+        placement = Placement(demands, self.config.cluster, self.folder, losses=self.recoveries)
         try:
             yield placement
         except WorkerLost:
