@@ -24,8 +24,9 @@ from rlhf_ray.errors import RlhfRayError, WeightSyncError, WorkerError, WorkerLo
 T = TypeVar("T")
 Span = tuple[float, float]
 
-DEATH_NOTICE = 5.0
-"""Seconds within which Ray notices that a process died. Its peers in a collective fail at once."""
+DEATH_NOTICE, MACHINE_NOTICE = 5.0, 45.0
+"""Seconds within which Ray notices that a process died, and that a machine did. Peers in a collective fail at
+once."""
 
 
 @dataclass
@@ -147,6 +148,13 @@ class OpenCalls:
         """
         self._wait_while(lambda: any(task in self._open for task in mine), mine, timeout)
 
+    def wait_for_sent(self, mine: Sequence[Task], timeout: float) -> None:
+        """Wait for those of the tasks that their actors are at, and not for what those wait for.
+
+        Raises: as `wait`.
+        """
+        self._wait_while(lambda: any(t in self._open and t.is_sent for t in mine), (), timeout)
+
     def wait_for_first(self, mine: Sequence[Task], count: int, timeout: float) -> list[int]:
         """Wait until `count` of the tasks have ended; which, the first in order if more have.
 
@@ -206,21 +214,17 @@ class OpenCalls:
             left = deadline - time.monotonic()
             # The first in the order of the list: what failed stands before what failed because of it.
             ready, _ = ray.wait(list(sent), num_returns=1, timeout=min(PERIOD, max(0.0, left)))
-            if ready:
-                was_lost = self._settle(sent[ready[0]])
-            elif left <= 0:
-                was_lost = self._overdue(mine, timeout)
-            else:
-                was_lost = self._listen()
-            if was_lost:
+            if self._listen() or (ready and self._settle(sent[ready[0]])):
+                deadline = time.monotonic() + timeout
+            elif not ready and left <= 0:
+                self._overdue(mine, timeout)
                 deadline = time.monotonic() + timeout
 
-    def _overdue(self, mine: Sequence[Task], timeout: float) -> bool:
-        unanswered = self._unanswered(mine)
+    def _overdue(self, mine: Sequence[Task], timeout: float) -> None:
+        unanswered = self._unanswered(mine or tuple(self._open))
         names = ", ".join(task.name for task in unanswered)
         first, failure = unanswered[0], WorkerLost(f"no answer within {timeout:g} s from {names}")
         self.start_again(first.role, first.at, failure)
-        return True
 
     def _listen(self) -> bool:
         """Whether an actor was found dead by its silence, and replaced."""
@@ -289,7 +293,7 @@ class OpenCalls:
 
     def _death(self) -> tuple[Task, RayError] | None:
         """A task that failed with its process."""
-        deadline = time.monotonic() + DEATH_NOTICE
+        deadline = time.monotonic() + (MACHINE_NOTICE if len(ray.nodes()) > 1 else DEATH_NOTICE)
         sent = self._sent()
         waiting = list(sent)
         while waiting:

@@ -95,6 +95,7 @@ class ActorGroup:
     Args:
         name: the role. handles: by rank.
         start: starts the actor of a rank anew; None where it cannot be.
+        lost_machine: of those on which the role has its place, if one is gone.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class ActorGroup:
         timeline: Timeline,
         timeout: float,
         start: Callable[[int], ActorHandle] | None = None,
+        lost_machine: Callable[[], WorkerLost | None] = lambda: None,
     ) -> None:
         self.name = name
         self.handles = list(handles)
@@ -115,6 +117,7 @@ class ActorGroup:
         self.refresh: Callable[[], None] | None = None
         """Publishes the current weights to all."""
         self._start = start
+        self._lost_machine = lost_machine
         self._is_pure = False
         self._health = [Health()] * len(self.handles)
         self._builds: tuple[Task, ...] = ()
@@ -280,8 +283,9 @@ class ActorGroup:
 
     def listen(self, rank: int) -> WorkerLost | None:
         """To the actor's signs of life. Returns its death, if it has been silent for too long."""
-        if self._health[rank].state in (State.STARTING, State.DEAD):
-            return None  # the deadline for its start is its own
+        if self._health[rank].state is State.STARTING:
+            # It may have no place to start in. Otherwise the deadline for its start is its own.
+            return self._lost_machine()
         pulse = self.timeline.pulse
         seconds = pulse.silence(self.handles[rank]._actor_id.hex())
         self._note(rank, Event.SILENCE if seconds > pulse.limit / 2 else Event.SIGN)
@@ -297,6 +301,8 @@ class ActorGroup:
         """
         if self._start is None or not self._is_pure:
             raise failure
+        if (gone := self._lost_machine()) is not None:
+            raise gone from failure
         self.timeline.losses.lost(self.label(rank), failure)
         ray.kill(self.handles[rank])
         self._health[rank] = self._health[rank].after(Event.DEATH).after(Event.START)

@@ -52,9 +52,9 @@ class RemoteGenerator:
         return cast(Sequence[Pending[Rollouts]], self._last)
 
     def wait(self) -> None:
-        """Until the engines have answered all that they were asked."""
-        for call in self._last:
-            call.wait()
+        """Until the engines have answered all that they are at."""
+        tasks = [task for call in self._last for task in call.tasks]
+        self.group.timeline.open.wait_for_sent(tasks, self.group.timeout)
 
     def token_logprobs(self, sequences: Ragged) -> Sequence[Pending[Ragged]]:
         shares = [rows for rows in np.array_split(np.arange(len(sequences)), len(self.group)) if len(rows)]

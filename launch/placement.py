@@ -211,16 +211,18 @@ class Placement:
         return self._grouped(name, 1, lambda rank: self._start_host(name, RoleShare(0, 0, 1), None))
 
     def _grouped(self, name: str, count: int, start: Callable[[int], ActorHandle]) -> ActorGroup:
-        def start_again(rank: int) -> ActorHandle:
-            if not self._nodes <= _nodes_alive():
-                raise WorkerLost(f"{name}: a machine of the cluster is gone, and with it what was reserved")
-            return start(rank)
+        def lost_machine() -> WorkerLost | None:
+            if self._nodes <= _nodes_alive():
+                return None
+            return WorkerLost(
+                f"{name}: a machine of the cluster is gone, and with it what was reserved there"
+            )
 
         is_apart = name in self.demands and self.demands[name].is_apart
         turns = Turns(enabled=False) if is_apart else self.turns
         handles = [start(rank) for rank in range(count)]
         timeout = float(self.cluster.call_timeout)
-        group = ActorGroup(name, handles, turns, self.timeline, timeout, start_again)
+        group = ActorGroup(name, handles, turns, self.timeline, timeout, start, lost_machine)
         self._groups.append(group)
         return group
 

@@ -92,7 +92,7 @@ class Recoveries:
                 return stage()
             except WorkerLost as failure:
                 # Replacements that were still on their way have gone with the rest.
-                self._away.clear()
+                self._away = {name: since for name, since in self._away.items() if name == ALL_ROLES}
                 self.lost(ALL_ROLES, failure)
 
     def begun(self) -> None:

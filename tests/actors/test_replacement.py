@@ -174,6 +174,23 @@ def test_calls_wait_for_the_weights_of_the_only_engine(make_stage: Callable[...,
     assert len(published) == 1
 
 
+def test_weights_that_follow_soon_are_not_sent_twice(make_stage: Callable[..., Stage]) -> None:
+    """Who is about to publish waits for what engines are at; the rest begins with the new weights."""
+    stage = make_stage()
+    engine = stage.group("engine", needs_weights=True)
+    engine.refresh = lambda: pytest.fail("the old weights are of no use")
+    engine.note_weights(engine.handles)
+    victim = pid(engine)
+    answer = engine.call("later", 0.5, 4)
+    time.sleep(0.2)
+    kill(victim)
+    stage.timeline.open.wait_for_sent(answer.tasks, 30.0)
+    assert not answer.tasks[0].is_sent
+    engine.wait_until_built()
+    engine.note_weights(engine.handles)
+    assert answer.result() == 4
+
+
 def test_an_idle_death_is_made_up_for_by_the_next_call(make_stage: Callable[..., Stage]) -> None:
     reference = make_stage().group("reference")
     kill(pid(reference))
