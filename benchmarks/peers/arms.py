@@ -154,7 +154,7 @@ def our_steps(work: Work, output: Path) -> list[Step]:
             Step(
                 seconds=float(row["time/step"]),
                 generate=float(row["time/generate"]),
-                train=float(row["time/old_logprobs"]) + float(row["time/train_policy"]),
+                train=float(row.get("time/old_logprobs", 0.0)) + float(row["time/train_policy"]),
                 reward=float(row["reward/mean"]),
                 prompts=digest(prompts[:: work.num_generations]),
                 answers=len(samples),

@@ -51,6 +51,7 @@ class HFGenerator(TokenGenerator):
         # Every setting is given with the call; the folder's own sampling defaults must not slip in.
         self._model.generation_config = type(self._model.generation_config)()
         self._group: WeightGroup | None = None
+        self._has_all = False
 
     @torch.no_grad()
     def token_logprobs(self, sequences: Ragged) -> Ragged:
@@ -66,6 +67,7 @@ class HFGenerator(TokenGenerator):
         endpoint = Endpoint(**init_info)  # type: ignore[arg-type]
         if self._group is not None:
             self._group.close()
+        self._has_all = False
         self._group = WeightGroup(
             endpoint.master_address,
             endpoint.master_port,
@@ -79,15 +81,15 @@ class HFGenerator(TokenGenerator):
         self._version = UNKNOWN_VERSION
 
     def update_weights(self, update_info: dict[str, object]) -> None:
-        """Raises: WeightSyncError if the announced tensors are not exactly the model's parameters."""
+        """Raises: WeightSyncError if the announced tensors are not the model's parameters: at first all of
+        them."""
         if self._group is None:
             raise WeightSyncError("weights were announced to an engine that has not joined a trainer")
         plan = BroadcastPlan(**update_info)  # type: ignore[arg-type]
         announced = {name: tuple(shape) for name, shape in zip(plan.names, plan.shapes, strict=True)}
         own = {name: tuple(parameter.shape) for name, parameter in self._model.named_parameters()}
-        different = sorted(
-            name for name in announced.keys() | own.keys() if announced.get(name) != own.get(name)
-        )
+        wanted = announced.keys() if self._has_all else announced.keys() | own.keys()
+        different = sorted(name for name in wanted if announced.get(name) != own.get(name))
         if different:
             name = different[0]
             self._group.close()
@@ -96,6 +98,7 @@ class HFGenerator(TokenGenerator):
                 f"{name}: {announced.get(name)} in the trainer, {own.get(name)} in the engine"
             )
         self._group.receive_all(plan, self._load)
+        self._has_all = True
 
     def finish_weight_update(self, weight_version: str) -> None:
         self._version = int(weight_version)

@@ -85,7 +85,8 @@ class OnlineLoop:
         for step in range(start, section.num_steps):
             sampler.keep_in_flight(step)
             sampled = sampler.take(step)
-            old_logprobs = roles.policy.logprobs(sampled.rollouts) if section.recompute_old_logprobs else None
+            own_pass = section.old_logprobs == "forward"
+            old_logprobs = roles.policy.logprobs(sampled.rollouts) if own_pass else None
             values = roles.critic.values(sampled.rollouts) if roles.critic else None
             info = StepInfo(step, version=step, kl_coef=kl.coef)
             batch, report = roles.experience.prepare(
@@ -116,7 +117,7 @@ class OnlineLoop:
         """
         is_same_model = self.starts_at_reference and self.roles.reference is not None
         # The sampler's own log-probs differ from the reference's by the engine's numerics too.
-        if step or not is_same_model or not self.section.recompute_old_logprobs:
+        if step or not is_same_model or self.section.old_logprobs == "sampler":
             return
         if abs(metrics["kl/per_token"]) > FIRST_KL_LIMIT:
             raise RlhfRayError(

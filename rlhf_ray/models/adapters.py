@@ -126,6 +126,10 @@ class CheckpointWeight:
         """What has to be whole for `merged`."""
         return [self.parameter, *(self._low_rank() if self.layer else ())]
 
+    @property
+    def is_trained(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters)
+
     def _low_rank(self) -> Iterator[nn.Parameter]:
         assert self.layer is not None
         for part in (self.layer.lora_A, self.layer.lora_B):

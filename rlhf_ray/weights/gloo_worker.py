@@ -51,6 +51,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Join; a second call leaves the first group, as when the trainer comes back after a failure."""
         self.shutdown()
+        self._loaded = set()
         parallel = self.parallel_config
         worker_rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
         self._group = WeightGroup(
@@ -68,7 +69,6 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         """
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        self._loaded = set()
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
@@ -77,10 +77,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._group.receive_all(update_info, self._load)
 
     def finish_weight_update(self) -> None:
-        """Rebuild what the kernels use, tied heads included.
+        """Rebuild what the kernels use, tied heads included. A layer that got no weights keeps those it has.
 
         Raises:
-            WeightSyncError: parameters of the model got no weights.
+            WeightSyncError: parameters of the model have got no weights since this engine joined.
         """
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 

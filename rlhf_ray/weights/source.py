@@ -73,6 +73,17 @@ class ModuleWeightSource:
         self._wire_dtype = wire_dtype
         self._is_partitioned = zero_stage == 3
 
+    def leave_out_frozen(self) -> None:
+        """For receivers that have had all weights once: from now on only layers in which something is trained
+        (as with adapters). These go whole, since an engine may keep several of a layer's matrices as one."""
+        moving = [
+            name
+            for names in self.groups()
+            if any(self._weights[name].is_trained for name in names)
+            for name in names
+        ]
+        self._weights = {name: self._weights[name] for name in moving}
+
     def metadata(self) -> list[TensorSpec]:
         return [
             TensorSpec(name, self._wire_dtype, self._full_shape(weight.parameter))

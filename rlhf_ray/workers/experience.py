@@ -171,7 +171,7 @@ class ExperienceWorker:
     def _mismatch(
         self, rollouts: Rollouts, old_logprobs: Ragged | None, weights: torch.Tensor, is_trained: torch.Tensor
     ) -> Metrics:
-        """Nothing where the trainer has not computed its own log-probs: the loss's ratio shows it then."""
+        """Nothing where the trainer has not computed its own log-probs: the policy says it then."""
         if old_logprobs is None:
             return {}
         trainer, sampler = torch.tensor(old_logprobs.values), torch.tensor(rollouts.logprobs.values)
@@ -234,6 +234,7 @@ class ExperienceWorker:
     def _metrics(self, judged: Judged, shaped: TokenRewards, batch: RLBatch) -> Metrics:
         rollouts, scores = judged.rollouts, judged.scores
         lengths = rollouts.responses.lengths
+        is_late = self.section.old_logprobs == "update"  # the policy says it then, of its own log-probs
         optional = {
             "reward/frac_zero_std": frac_zero_std(scores.total, rollouts.prompt_ids),
             "length/reward_correlation": reward_length_correlation(scores.total, lengths),
@@ -252,7 +253,7 @@ class ExperienceWorker:
             "length/stop_fraction": float(rollouts.finished.mean()),
             "perf/num_samples": float(len(rollouts)),
             "perf/generated_tokens": float(lengths.sum()),
-            **(_kl_metrics(batch) if judged.ref_logprobs is not None else {}),
+            **(_kl_metrics(batch) if judged.ref_logprobs is not None and not is_late else {}),
         }
 
     def _write_lineage(self, step: int, judged: Judged, batch: RLBatch) -> None:

@@ -18,7 +18,7 @@ from rlhf_ray.algorithms.metrics import MetricSums, finalise, merge, pack, unpac
 from rlhf_ray.config.schema import Layout, OptimizerSection, TrainingSection
 from rlhf_ray.engines.deepspeed_engine import TrainEngine, World, init_world, leave_world
 from rlhf_ray.models.adapters import add_adapter, save_adapter
-from rlhf_ray.models.batching import TokenBatch
+from rlhf_ray.models.batching import TokenBatch, same_prompts
 from rlhf_ray.models.heads import PolicyModel, ScalarModel
 from rlhf_ray.models.inference import forward_rows, in_row_order
 from rlhf_ray.models.loading import save_model_folder
@@ -102,14 +102,17 @@ class ModelWorker:
     ) -> Metrics:
         """Train on a batch: `num_epochs` passes of `num_mini_batches` optimizer steps each.
 
-        Rows are shuffled for every pass by (seed, step): alike on every rank, and in a resumed run.
+        Prompts, with all their rows, are shuffled for every pass by (seed, step): alike on every rank, and in
+        a resumed run.
         """
         self.engine.engine.train()
         generator = np.random.default_rng([self.spec.seed, step])
+        prompts = objective.prompts(batch)
+        groups = np.arange(len(batch)) if prompts is None else same_prompts(prompts)
         sums: list[MetricSums] = []
         grad_norms: list[float] = []
         for _ in range(num_epochs):
-            order = generator.permutation(len(batch)) if num_mini_batches > 1 else np.arange(len(batch))
+            order = shuffled(groups, generator) if num_mini_batches > 1 else np.arange(len(batch))
             for rows in np.array_split(order, num_mini_batches):
                 sums.append(self._accumulate(objective, batch.select(rows)))
                 learning_rate = self.engine.learning_rate
@@ -205,3 +208,9 @@ class ModelWorker:
 
     def close(self) -> None:
         leave_world()
+
+
+def shuffled(groups: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
+    """[B] rows, group after group in random order. groups: [B], numbered from 0."""
+    place = np.argsort(generator.permutation(groups.max(initial=-1) + 1))
+    return np.argsort(place[groups], kind="stable")

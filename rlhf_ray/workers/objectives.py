@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rlhf_ray.algorithms.aggregation import loss_denominator, loss_weights
-from rlhf_ray.algorithms.correction import remaining_weights
+from rlhf_ray.algorithms.correction import correction_metrics, importance_weights, remaining_weights
+from rlhf_ray.algorithms.kl import reference_kl_metrics
 from rlhf_ray.algorithms.metrics import MetricSums
+from rlhf_ray.algorithms.mismatch import mismatch_metrics
 from rlhf_ray.algorithms.policy_losses import PolicyTokens
 from rlhf_ray.algorithms.preference_losses import bradley_terry_loss
 from rlhf_ray.algorithms.supervised_losses import next_token_loss
@@ -116,28 +118,50 @@ class PolicyObjective(_RLObjective):
             temperature=self.spec.temperature,
             entropy_has_grad=self.spec.entropy_coef > 0,
         )
+        current = stats.logprobs.detach()
+        weights = self._importance_weights(rows, current)
+        is_current = self.spec.old_logprobs == "update"
         tokens = PolicyTokens(
             logprobs=stats.logprobs,
             entropy=stats.entropy,
-            old_logprobs=torch.as_tensor(rows.old_logprobs.values, device=device),
+            old_logprobs=current if is_current else torch.as_tensor(rows.old_logprobs.values, device=device),
             ref_logprobs=torch.as_tensor(rows.ref_logprobs.values, device=device),
             advantages=torch.as_tensor(rows.advantages.values, device=device),
             weights=self.weights(rows, device),
-            importance_weights=self._importance_weights(rows, stats.logprobs.detach()),
+            importance_weights=weights,
             offsets=torch.from_numpy(rows.responses.offsets).to(device),
         )
-        return algorithm_of(self.spec).policy_loss(tokens, policy_loss_spec(self.spec, self.kl_coef))
+        loss, metrics = algorithm_of(self.spec).policy_loss(tokens, policy_loss_spec(self.spec, self.kl_coef))
+        if is_current:
+            metrics = {**metrics, **self._before_update(rows, current, weights)}
+        return loss, metrics
 
     def _importance_weights(self, rows: RLBatch, logprobs: Tensor) -> Tensor:
-        """Those of the batch; what is left of them where the old log-probs are the sampler's."""
+        """Those of the batch, made of the log-probs before the update; or of these, which are just those; or
+        what is left of them where the loss itself compares these with the sampler's."""
         device = logprobs.device
         correction = correction_of(self.spec)
-        if self.spec.recompute_old_logprobs or correction is None:
+        if self.spec.old_logprobs == "forward" or correction is None:
             return torch.as_tensor(rows.importance_weights.values, device=device)
         sampler = torch.as_tensor(rows.old_logprobs.values, device=device)
         is_trained = torch.as_tensor(rows.is_trained.values, device=device)
         offsets = torch.from_numpy(rows.responses.offsets).to(device)
-        return remaining_weights(logprobs, sampler, offsets, is_trained, correction)
+        weigh = importance_weights if self.spec.old_logprobs == "update" else remaining_weights
+        return weigh(logprobs, sampler, offsets, is_trained, correction)
+
+    def _before_update(self, rows: RLBatch, logprobs: Tensor, weights: Tensor) -> MetricSums:
+        """What `ExperienceWorker` says of the trainer's log-probs where it has them."""
+        device = logprobs.device
+        offsets = torch.from_numpy(rows.responses.offsets).to(device)
+        is_trained = torch.as_tensor(rows.is_trained.values, device=device)
+        sampler = torch.as_tensor(rows.old_logprobs.values, device=device)
+        metrics = mismatch_metrics(logprobs, sampler, torch.ones_like(is_trained))
+        if correction_of(self.spec) is not None:
+            metrics |= correction_metrics(weights, is_trained)
+        if self.spec.uses_reference:
+            reference = torch.as_tensor(rows.ref_logprobs.values, device=device)
+            metrics |= reference_kl_metrics(logprobs, reference, offsets)
+        return metrics
 
 
 @dataclass(frozen=True)

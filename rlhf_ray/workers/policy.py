@@ -42,6 +42,7 @@ class PolicyWorker(ModelWorker):
         self.online = online
         self.wire_dtype = wire_dtype
         self.publisher: WeightPublisher | None = None
+        self.weights: ModuleWeightSource | None = None
 
     def train_sft(self, batch: SFTBatch) -> Metrics:
         return self.update(SFTObjective(), batch)
@@ -82,13 +83,15 @@ class PolicyWorker(ModelWorker):
         client = MultiEngineClient(engines, tensor_parallel_size) if self.world.rank == 0 else None
         module = self.engine.module.model
         assert isinstance(module, torch.nn.Module)
-        source = ModuleWeightSource(module, self.wire_dtype, self.spec.training.zero_stage)
-        self.publisher = WeightPublisher(source, spec, self.world.rank, client)
+        self.weights = ModuleWeightSource(module, self.wire_dtype, self.spec.training.zero_stage)
+        self.publisher = WeightPublisher(self.weights, spec, self.world.rank, client)
 
     def publish(self, version: int) -> Metrics:
         """Send the current weights to every engine; called on every rank. See `WeightPublisher.publish`."""
-        assert self.publisher is not None, "connect first"
-        return self.publisher.publish(version)
+        assert self.publisher is not None and self.weights is not None, "connect first"
+        metrics = self.publisher.publish(version)
+        self.weights.leave_out_frozen()
+        return metrics
 
     def close(self) -> None:
         if self.publisher is not None:

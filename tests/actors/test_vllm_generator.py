@@ -255,6 +255,31 @@ def test_verification_catches_a_stale_head_and_stale_weights(folder: Path) -> No
     process.stop()
 
 
+def test_layers_that_are_not_trained_are_sent_once(folder: Path) -> None:
+    engines = [
+        EngineProcess(VLLMGenerator, str(folder), SECTION, MAX_MODEL_LEN, threads=1, seed=0),
+        EngineProcess(HFGenerator, str(folder), SECTION, MAX_MODEL_LEN, threads=1),
+    ]
+    model = load(folder)
+    perturb(model, 0.05, seed=1)  # so that what is sent once is not what the engines read from the folder
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "model.layers.1.self_attn.k_proj.weight")
+    source = ModuleWeightSource(model, torch.float32, zero_stage=0)
+    publisher = connect(source, *(process.wait_until_built() for process in engines))
+    publisher.publish(0)
+    source.leave_out_frozen()
+    assert all(name.startswith("model.layers.1.") for names in source.groups() for name in names)
+    for version in (1, 2):
+        with torch.no_grad():
+            model.get_parameter("model.layers.1.self_attn.k_proj.weight").mul_(1.5)
+        publisher.publish(version)
+        for process in engines:
+            assert np.abs(probe(process, model).difference).max() < 1e-4
+    publisher.close()
+    for process in engines:
+        process.stop()
+
+
 def test_parameters_without_weights_are_named(folder: Path) -> None:
     class Forgetful(ModuleWeightSource):
         def __init__(self, model: PreTrainedModel) -> None:

@@ -43,7 +43,7 @@ from rlhf_ray.types import Ragged, Scores
 from tests.samples import rollouts_of
 from tests.tiny import tiny_model_folder
 
-FIXED, _, FREE = CASES
+FIXED, FREE = CASES
 STEP = Step(10.0, 2.0, 7.0, 0.5, "same", answers=5, prompt_tokens=140, answer_tokens=60, trained_tokens=60)
 
 
@@ -202,13 +202,13 @@ def test_what_is_drawn_by_lot_may_differ_a_little() -> None:
 @pytest.mark.parametrize(("reached", "count"), [(0.6, 1), (0.8, 0)])
 def test_arms_should_learn_alike(reached: float, count: int) -> None:
     rewards = {"ours": 0.9, "TRL": reached}
-    learned = {arm: [ArmRun(1.0, 1, [replace(STEP, reward=r)] * 12)] for arm, r in rewards.items()}
+    learned = {arm: [ArmRun(1.0, 1, [replace(STEP, reward=r)] * 8)] for arm, r in rewards.items()}
     assert len(differences(FIXED, learned)) == count
 
 
 def test_half_of_the_pairs_are_in_each_run() -> None:
     options = Options(False, 7, None, Path(), print)
-    assert [num_steps(case, options) for case in CASES] == [12, 5, 5]
+    assert [num_steps(case, options) for case in CASES] == [8, 5]
     assert num_steps(FIXED, replace(options, quick=True)) == 2
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_ray.config.schema import RECIPES, ModelSection
+from rlhf_ray.config.schema import RECIPES, ModelSection, OnlineSection
 from rlhf_ray.reporting.lineage import SampleLineage, lineage_path, read_lineage
 from tests.fakes import PowerCut, Watcher, cut_power
 from tests.local_roles import logged, online_section, weights_of
@@ -132,6 +132,54 @@ def test_without_a_reference(model: ModelSection, tmp_path: Path) -> None:
     assert "eval/kl" not in names
     assert "eval/reward/vowels" in names
     assert np.isnan([record.kl for record in before + after]).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"algorithm": "grpo", "importance_correction": "token_mask"},
+        {"algorithm": "grpo", "importance_correction": "none", "track_kl": False, "kl_coef": 0.0},
+        {"algorithm": "gspo", "importance_correction": "geometric_mask"},
+        {"algorithm": "cispo", "importance_correction": "sequence_truncate"},
+        {"algorithm": "raft"},
+    ],
+)
+def test_old_logprobs_of_the_update_itself(
+    model: ModelSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    """The forward pass of a step's only optimizer step is of the old policy: one pass less, and the same
+    training. The cap is so low that the correction has something to do."""
+    section = online_section(**options, num_steps=2, num_generations=4, importance_cap=1.0 + 1e-6)
+    assert section.old_logprobs == "update"
+    loop = online_loop(model, tmp_path / "update", section)
+    train(loop)
+    monkeypatch.setattr(OnlineSection, "old_logprobs", "forward")
+    other = online_loop(model, tmp_path / "forward", section)
+    train(other)
+    for update, forward in zip(logged(tmp_path / "update"), logged(tmp_path / "forward"), strict=True):
+        assert update.keys() == forward.keys()
+        for name, value in forward.items():
+            near = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)
+            assert update[name] == near, name
+    weights = weights_of(policy_of(other).worker)
+    for name, weight in weights_of(policy_of(loop).worker).items():
+        np.testing.assert_allclose(weight, weights[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"algorithm": "grpo"}, "update"),
+        ({"algorithm": "grpo", "num_mini_batches": 2}, "forward"),
+        ({"algorithm": "grpo", "num_ppo_epochs": 2}, "forward"),
+        ({"algorithm": "grpo", "recompute_old_logprobs": False}, "sampler"),
+        ({"algorithm": "rloo"}, "forward"),  # the KL is in its rewards
+        ({"algorithm": "rloo", "kl_coef": 0.0}, "update"),
+        ({"algorithm": "ppo"}, "forward"),
+    ],
+)
+def test_where_the_old_logprobs_come_from(options: dict[str, object], where: str) -> None:
+    assert online_section(**{"num_generations": 4, **options}).old_logprobs == where
 
 
 def test_old_logprobs_of_the_sampler(model: ModelSection, tmp_path: Path) -> None:

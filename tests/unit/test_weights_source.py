@@ -50,6 +50,20 @@ def test_a_pass_gives_the_weights_of_its_own_time(tmp_path: Path) -> None:
     assert torch.equal(dict(source)["model.norm.weight"], before + 1)
 
 
+def test_frozen_layers_are_left_out_on_request(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder(tmp_path), dtype=torch.float32)
+    source = ModuleWeightSource(model, torch.float32, zero_stage=0)
+    everything = source.groups()
+    source.leave_out_frozen()
+    assert source.groups() == everything, "all of it is trained"
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "model.layers.1.mlp.up_proj.weight")
+    source.leave_out_frozen()
+    layer = [name for names in everything for name in names if name.startswith("model.layers.1.")]
+    assert source.groups() == [layer]
+    assert [spec.name for spec in source.metadata()] == layer == [name for name, _ in source]
+
+
 def test_groups_are_layers_by_the_outermost_number() -> None:
     names = [
         "embed.weight",

@@ -323,7 +323,9 @@ def test_the_batchs_weights_count_where_the_old_logprobs_are_the_trainers(
     model: ModelSection, recompute: bool
 ) -> None:
     """All weights 0: nothing moves; where the log-probs are the sampler's, that column is not read."""
-    section = online_section(algorithm="dapo", prompts_per_step=3, recompute_old_logprobs=recompute)
+    section = online_section(
+        algorithm="dapo", prompts_per_step=3, num_ppo_epochs=2, recompute_old_logprobs=recompute
+    )
     worker = PolicyWorker(model, worker_spec(EXACT, section.optimizer, seed=0), section)
     old = worker.logprobs(ROLLOUTS)
     batch = batch_of(old.values, np.ones(NUM_TOKENS, np.float32))

@@ -11,7 +11,7 @@ from rlhf_ray.config.schema import LoraSection, ModelSection, TrainingSection
 from rlhf_ray.engines.deepspeed_engine import World
 from rlhf_ray.types import RLBatch, Rollouts
 from rlhf_ray.workers.frozen import ReferenceWorker
-from rlhf_ray.workers.model_worker import ModelWorker
+from rlhf_ray.workers.model_worker import ModelWorker, shuffled
 from rlhf_ray.workers.policy import PolicyWorker
 from rlhf_ray.workers.scalar import CriticWorker
 from tests.local_roles import CPU, logged, online_section, weights_of
@@ -162,6 +162,17 @@ def test_with_adapters(model: ModelSection, zero_stage: int, checkpointing: bool
 def test_an_update_of_the_critic(model: ModelSection, zero_stage: int) -> None:
     options = {"zero_stage": zero_stage, "tokens_per_micro_batch": NARROW}
     assert_same_training(trained(critic(model, True, **options)), trained(critic(model, False)))
+
+
+def test_groups_are_shuffled_whole() -> None:
+    groups = np.array([0, 1, 0, 2, 1, 0, 3, 3])
+    order = shuffled(groups, np.random.default_rng(1))
+    assert sorted(order) == list(range(len(groups)))
+    assert np.count_nonzero(np.diff(groups[order])) == 3, "four runs of equal groups"
+    firsts = {tuple(groups[shuffled(groups, np.random.default_rng(seed))]) for seed in range(20)}
+    assert len(firsts) > 5
+    alone = shuffled(np.arange(9), np.random.default_rng(2))
+    assert alone.tolist() == np.random.default_rng(2).permutation(9).tolist()
 
 
 def test_mini_batches_that_cut_groups(model: ModelSection) -> None:

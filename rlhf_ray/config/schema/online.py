@@ -30,6 +30,7 @@ from rlhf_ray.config.schema.environments import EnvironmentSection
 from rlhf_ray.config.schema.rewards import Reward, judge_mistakes
 
 KVOnUpdate = Literal["keep", "drop"]
+OldLogprobs = Literal["forward", "update", "sampler"]
 
 
 class OnlineSection(Section):
@@ -43,8 +44,9 @@ class OnlineSection(Section):
     importance_correction: of the difference between sampler and trainer. `token`, `sequence` and `geometric`
     say what a ratio is of; `truncate` cuts it at importance_cap, `mask` leaves out what is not in
     [1 / importance_cap, importance_cap].
-    recompute_old_logprobs: false takes the sampler's log-probs for the old policy's and saves a forward pass;
-    the ratio of the loss is then that of trainer and sampler, and the correction applies to it.
+    recompute_old_logprobs: the old policy's log-probs are the trainer's own, at the price of a forward pass
+    where `old_logprobs` does not find them in the update; false takes the sampler's; the ratio of the loss is
+    then that of trainer and sampler, and the correction applies to it.
     max_lag: training does not wait for generation, but is at most so many updates ahead of it
     (docs/asynchrony.md). Answers that vLLM is at when weights change go on with the new ones:
     `kv_on_update: keep` leaves what they have in the KV cache as it is, `drop` computes it anew.
@@ -148,6 +150,18 @@ class OnlineSection(Section):
     @property
     def uses_critic(self) -> bool:
         return self.algorithm in USES_CRITIC
+
+    @property
+    def old_logprobs(self) -> OldLogprobs:
+        """Where those of the policy before the update come from: a forward pass of their own, the sampler, or
+        the update itself, whose only optimizer step begins with just that policy. The update comes too late
+        where rewards or values need them; and an episode's have to be separated from what is not sampled."""
+        if not self.recompute_old_logprobs:
+            return "sampler"
+        is_one_step = self.num_ppo_epochs == self.num_mini_batches == 1
+        in_reward = self.recipe.kl_placement == "reward" and self.recipe.kl_coef > 0
+        is_early = in_reward or self.uses_critic or self.environment is not None
+        return "update" if is_one_step and not is_early else "forward"
 
     @property
     def uses_reference(self) -> bool:
