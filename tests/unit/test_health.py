@@ -26,7 +26,7 @@ def test_the_table_is_whole() -> None:
 
 
 @pytest.mark.parametrize("needs_weights", [False, True])
-@pytest.mark.parametrize(("state", "event"), itertools.product(State, Event))
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(State, Event)))
 def test_every_event_in_every_state(state: State, event: Event, needs_weights: bool) -> None:
     expected = TABLE[state][list(Event).index(event)]
     health = Health(needs_weights, state)
