@@ -5,9 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
+import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
-from actors.calls import OpenCalls, Remote
+from actors.failures import failure_of
+from rlhf_ray.errors import WorkerLost
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An engine's answer. It is listed nowhere: the sender waits for all engines, and only then says which
+    have failed."""
+
+    name: str
+    done: ray.ObjectRef
+    timeout: float
+
+    def result(self) -> None:
+        """
+        Raises:
+            WorkerLost: the engine's process died, or did not answer in time.
+            RlhfRayError: what the engine raised.
+        """
+        if not ray.wait([self.done], timeout=self.timeout)[0]:
+            raise WorkerLost(f"no answer within {self.timeout:g} s from {self.name}")
+        try:
+            ray.get(self.done)
+        except RayError as error:
+            raise failure_of(self.name, error) from error
 
 
 @dataclass(frozen=True)
@@ -18,22 +44,19 @@ class RemoteEngineCalls:
     name: str
     timeout: float
 
-    def init_weight_transfer_engine(self, init_info: dict[str, object]) -> Remote[None]:
+    def init_weight_transfer_engine(self, init_info: dict[str, object]) -> Asked:
         return self._call("init_weight_transfer_engine", init_info)
 
-    def start_weight_update(self) -> Remote[None]:
+    def start_weight_update(self) -> Asked:
         return self._call("start_weight_update")
 
-    def update_weights(self, update_info: dict[str, object]) -> Remote[None]:
+    def update_weights(self, update_info: dict[str, object]) -> Asked:
         return self._call("update_weights", update_info)
 
-    def finish_weight_update(self, weight_version: str) -> Remote[None]:
+    def finish_weight_update(self, weight_version: str) -> Asked:
         return self._call("finish_weight_update", weight_version)
 
-    def _call(self, method: str, *args: object) -> Remote[None]:
+    def _call(self, method: str, *args: object) -> Asked:
         handle = cast(Any, self.handle)  # Ray gives the methods of a handle no types
-        value, done = handle.call.options(num_returns=2).remote(method, 0, *args)
-        # Listed by itself: the sender waits for all engines, and only then says which have failed.
-        calls = OpenCalls()
-        calls.add(f"{self.name}.{method}", done)
-        return Remote(value, (done,), calls, self.timeout)
+        _, done = handle.call.options(num_returns=2).remote(method, 0, *args)
+        return Asked(f"{self.name}.{method}", done, self.timeout)

@@ -17,6 +17,7 @@ from typing import cast
 
 import ray
 
+from actors.pulse import give_signs
 from rlhf_ray.errors import WorkerError
 
 RENDEZVOUS_PORTS = range(20_000, 30_000)
@@ -42,6 +43,7 @@ class Host:
         self.worker: object | None = None
         _redirect_output(Path(log_path))
         faulthandler.enable()
+        give_signs()
 
     def build(self, factory: str, kwargs: dict[str, object]) -> None:
         """factory: `module:Class` of the worker."""

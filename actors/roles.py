@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 
-from actors.calls import Remote
+from actors.calls import Remote, Task
 from actors.group import GENERATE, ActorGroup
+from actors.transfer import Transfer
 from rlhf_ray.config.schema import SyncSection
+from rlhf_ray.errors import WeightSyncError, WorkerLost
 from rlhf_ray.reporting.evaluation import EvalRecord
 from rlhf_ray.roles import Done, Pending, Referenced, ScoredChunk
 from rlhf_ray.types import (
@@ -51,9 +52,9 @@ class RemoteGenerator:
         return cast(Sequence[Pending[Rollouts]], self._last)
 
     def wait(self) -> None:
-        """Until the engines have answered all that they were asked."""
-        for call in self._last:
-            call.wait()
+        """Until the engines have answered all that they are at."""
+        tasks = [task for call in self._last for task in call.tasks]
+        self.group.timeline.open.wait_for_sent(tasks, self.group.timeout)
 
     def token_logprobs(self, sequences: Ragged) -> Sequence[Pending[Ragged]]:
         shares = [rows for rows in np.array_split(np.arange(len(sequences)), len(self.group)) if len(rows)]
@@ -70,9 +71,9 @@ class RemoteGenerator:
 
 @dataclass(frozen=True)
 class Outstanding:
-    """What an engine was asked and has not answered. ticket: by which it is given up."""
+    """What was asked and is not answered. ticket: by which it is given up. tokens: at most."""
 
-    rank: int
+    task: Task
     ticket: int
     tokens: int
 
@@ -85,21 +86,22 @@ class RemoteStreamingGenerator(RemoteGenerator):
 
     def __init__(self, group: ActorGroup) -> None:
         super().__init__(group)
-        self._outstanding: dict[ray.ObjectRef, Outstanding] = {}
+        self._outstanding: dict[Task, Outstanding] = {}
         self._tickets = itertools.count()
 
     def generate(self, prompts: Prompts, sampling: SamplingSpec, seed: int) -> Sequence[Pending[Rollouts]]:
         loads = self._loads()
+        ranks = self.group.in_service or list(range(len(self.group)))
         calls = []
         for row, prompt in enumerate(prompts.token_ids):
-            rank = int(np.argmin(loads))
+            rank = ranks[int(np.argmin(loads[ranks]))]
             ticket = next(self._tickets)
             call = self.group.call_rank(
                 rank, "generate", prompts.select([row]), sampling, seed, ticket, kind=GENERATE
             )
             tokens = sampling.num_generations * (len(prompt) + sampling.max_completion_length)
             loads[rank] += tokens
-            self._outstanding[call.done[0]] = Outstanding(rank, ticket, tokens)
+            self._outstanding[call.tasks[0]] = Outstanding(call.tasks[0], ticket, tokens)
             calls.append(call)
         return cast(Sequence[Pending[Rollouts]], calls)
 
@@ -107,16 +109,17 @@ class RemoteStreamingGenerator(RemoteGenerator):
         """Weights change in flight: nobody waits for answers before they do."""
 
     def first_done(self, chunks: Sequence[Pending[Rollouts]], count: int) -> Sequence[int]:
-        refs = [cast(Remote[Rollouts], chunk).done[0] for chunk in chunks]
-        return self.group.timeline.open.wait_for_first(refs, count, self.group.timeout)
+        tasks = [cast(Remote[Rollouts], chunk).tasks[0] for chunk in chunks]
+        return self.group.timeline.open.wait_for_first(tasks, count, self.group.timeout)
 
     def give_up(self, chunks: Sequence[Pending[Rollouts]]) -> None:
         self._forget_ended()
         tickets: dict[int, list[int]] = {}
         for chunk in chunks:
-            known = self._outstanding.get(cast(Remote[Rollouts], chunk).done[0])
+            known = self._outstanding.get(cast(Remote[Rollouts], chunk).tasks[0])
             if known is not None:
-                tickets.setdefault(known.rank, []).append(known.ticket)
+                known.task.is_wanted = False
+                tickets.setdefault(known.task.at, []).append(known.ticket)
         for rank, own in tickets.items():
             self.group.call_rank(rank, "abort", own)
 
@@ -125,14 +128,13 @@ class RemoteStreamingGenerator(RemoteGenerator):
         self._forget_ended()
         loads = np.zeros(len(self.group), dtype=np.int64)
         for call in self._outstanding.values():
-            loads[call.rank] += call.tokens
+            loads[call.task.at] += call.tokens
         return loads
 
     def _forget_ended(self) -> None:
-        refs = list(self._outstanding)
-        ended, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
-        for ref in ended:
-            del self._outstanding[ref]
+        calls = self.group.timeline.open
+        calls.settle_ended()
+        self._outstanding = {task: own for task, own in self._outstanding.items() if calls.is_open(task)}
 
 
 class RemoteScorer:
@@ -193,6 +195,7 @@ class RemotePolicy(RemoteTrained):
     Args:
         engines: where weights are published; None in stages without generation.
         probe: token sequences on which engine and trainer must agree after a sync.
+        transfer: the way there; None where it was made before and is not made anew.
     """
 
     def __init__(
@@ -201,19 +204,27 @@ class RemotePolicy(RemoteTrained):
         sync: SyncSection,
         engines: RemoteGenerator | None = None,
         probe: Ragged | None = None,
+        transfer: Transfer | None = None,
     ) -> None:
         super().__init__(group)
         self.engines = engines
         self.probe = probe
         self.sync = sync
+        self.transfer = transfer
         num_engines = len(engines.group) if engines else 0
         self._histories = [ProbeHistory(sync.tolerance) for _ in range(num_engines)]
+        self._published: int | None = None
+        self._trained: tuple[Task, ...] = ()
+        if engines is not None and transfer is not None:
+            engines.group.refresh = self._publish_again
 
     def logprobs(self, chunks: Sequence[Pending[Rollouts]]) -> Pending[Ragged]:
         return cast(Pending[Ragged], self.group.call("logprobs", *chunks, kind="old_logprobs"))
 
     def train_rl(self, batch: Pending[RLBatch], step: int, kl_coef: float) -> Pending[Metrics]:
-        return cast(Pending[Metrics], self.group.call("train_rl", batch, step, kl_coef, kind="train_policy"))
+        call = self.group.call("train_rl", batch, step, kl_coef, kind="train_policy")
+        self._trained = call.tasks
+        return cast(Pending[Metrics], call)
 
     def train_sft(self, batch: Pending[SFTBatch]) -> Pending[Metrics]:
         return cast(Pending[Metrics], self.group.call("train_sft", batch, kind="train_policy"))
@@ -225,8 +236,49 @@ class RemotePolicy(RemoteTrained):
         if self.engines is not None:
             # An engine takes weights when it has answered what it is at: until then the wait is for it.
             self.engines.wait()
-        metrics = cast(Remote[Metrics], self.group.call("publish", version, kind="sync")).result()
+        metrics = self._send(version)
+        self._published, self._trained = version, ()
         return {**metrics, **self._verify()} if verify else metrics
+
+    def _send(self, version: int) -> Metrics:
+        """Publish, and with new engines once more where one died over it: the others hold neither the old
+        weights nor the new ones then."""
+        while True:
+            starts = self.engines.group.num_starts[:] if self.engines else []
+            try:
+                if self.transfer is not None:
+                    self.transfer.join()
+                metrics = cast(Remote[Metrics], self.group.call("publish", version, kind="sync")).result()
+                break
+            except WeightSyncError as failure:
+                if self.engines is None or self.transfer is None:
+                    raise
+                self._start_all_again(self.engines.group, starts, failure)
+        if self.engines is not None and self.transfer is not None:
+            self.engines.group.note_weights(self.transfer.joined)
+        return metrics
+
+    def _start_all_again(self, engines: ActorGroup, starts: Sequence[int], failure: WeightSyncError) -> None:
+        """Args: starts: how often each engine had been started before. Raises: the failure, if none died."""
+        engines.gpus()  # who does not answer is found dead, and replaced
+        if engines.num_starts == starts:
+            raise failure
+        for rank, before in enumerate(starts):
+            if engines.num_starts[rank] == before:
+                cause = WorkerLost(f"{engines.label(rank)}: half of an update of its weights was lost")
+                engines.timeline.open.start_again(engines, rank, cause)
+
+    def _publish_again(self) -> None:
+        """What is current, to engines of which there was none left.
+
+        Raises:
+            WorkerLost: the trainer does not hold those weights any more.
+        """
+        if self._published is None or any(task.is_sent for task in self._trained):
+            raise WorkerLost("every engine is lost, and the policy has been trained since it was published")
+        self._send(self._published)
+        if self.probe is not None:
+            self._verify()
 
     def _verify(self) -> Metrics:
         """Compare every engine with the trainer on the probe; the metrics are those of the worst engine.

@@ -7,12 +7,13 @@ Where there is nothing to move, as on a CPU, both do nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ray.actor import ActorHandle
 
-from actors.calls import Remote
-from actors.group import ActorGroup, Timeline, Turns
+from actors.calls import Remote, Turns
+from actors.group import ActorGroup, Timeline
+from rlhf_ray.errors import WorkerLost
 
 HAND_OVER = "hand_over"
 """The kind of call that moves memory."""
@@ -59,27 +60,37 @@ class SharingGroup(ActorGroup):
         timeline: Timeline,
         timeout: float,
         devices: Devices,
+        lost_machine: Callable[[], WorkerLost | None] = lambda: None,
     ) -> None:
         assert turns.enabled, "calls of roles that share devices run in turn"
-        super().__init__(name, handles, turns, timeline, timeout)
+        super().__init__(name, handles, turns, timeline, timeout, lost_machine=lost_machine)
         self.devices = devices
         devices.groups.append(self)
 
     def move(self, method: str, *args: object) -> Remote[object]:
         return super().call(method, *args, kind=HAND_OVER)
 
-    def build(self, factory: str, kwargs: Sequence[dict[str, object]], timeout: float) -> None:
-        """When the others are built and rest: each needs the devices to itself while it loads."""
+    def build(
+        self,
+        factory: str,
+        kwargs: Sequence[dict[str, object]],
+        timeout: float,
+        *,
+        is_pure: bool = False,
+        needs_weights: bool = False,
+    ) -> None:
+        """When the others are built and rest: each needs the devices to itself while it loads. So none is
+        replaced while they work, whether it could be (`is_pure`) or not."""
         for group in self.devices.groups:
             if group is not self and group.is_begun:
                 group.wait_until_built()
         for move in self.devices.give_to(self):
             move.result()
-        super().build(factory, kwargs, timeout)
+        super().build(factory, kwargs, timeout, needs_weights=needs_weights)
 
     @property
     def is_begun(self) -> bool:
-        return self._built is not None
+        return bool(self._builds)
 
     def call(self, method: str, *args: object, kind: str | None = None) -> Remote[object]:
         self.devices.give_to(self, method)

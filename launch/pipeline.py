@@ -92,7 +92,7 @@ def _run_stage(stage: StageName, context: StageContext) -> None:
         raise Interrupted(f"{context.name}: stopped before it began; go on with --resume")
     folder.begin(RunRecord(name=context.name, config=dump_config(config)), resume=config.resume == "auto")
     with folder.recording_outcome():
-        metrics = STAGE_RUNNERS[stage](context)
+        metrics = context.recoveries.run(lambda: STAGE_RUNNERS[stage](context))
         folder.record_origin(context.data, context.parents)
         if best := context.checkpoints.take_best_model(folder.path / "best"):
             context.progress.message(f"{context.name}: the best model is in {folder.path / 'best'} ({best})")

@@ -18,15 +18,17 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.group import ActorGroup, Timeline, Turns
+from actors.calls import Turns
+from actors.group import ActorGroup, Losses, Timeline, Unbearable
 from actors.host import AsyncHost, Host
+from actors.pulse import Pulse
 from actors.sharing import Devices, SharingGroup
 from launch.placement_layout import Layout, Pool, Seat, in_order_of_nodes, lay_out
 from launch.placement_shares import Capacity, RoleDemand, RoleShare, resolve_shares, take_turns
 from launch.placement_words import GIB, amount, amounts, fragments, never, nodes_of_cluster
 from launch.submission.secrets import passed_on
 from rlhf_ray.config.schema import ClusterSection, PlacementSection
-from rlhf_ray.errors import ResourceError
+from rlhf_ray.errors import ResourceError, WorkerLost
 from rlhf_ray.reporting.run_folder import RunFolder
 
 __all__ = [
@@ -45,6 +47,9 @@ MAX_CALLS = 100_000
 class Placement:
     """The resources of a stage, held until `release`.
 
+    Args:
+        losses: is told of the actors that die and are replaced; without it none is.
+
     Raises:
         ResourceError: the cluster does not have them, or not within `cluster.start_timeout`.
     """
@@ -55,6 +60,8 @@ class Placement:
         cluster: ClusterSection,
         folder: RunFolder,
         section: PlacementSection | None = None,
+        *,
+        losses: Losses | None = None,
     ) -> None:
         capacity = Capacity.of_cluster()
         self.demands = {demand.name: demand for demand in demands}
@@ -64,7 +71,7 @@ class Placement:
         self.folder = folder
         is_shared = any(pool.is_shared for pool in self.layout.pools)
         self.turns = Turns(is_shared or take_turns(demands, self.shares, capacity))
-        self.timeline = Timeline()
+        self.timeline = Timeline(losses or Unbearable(), Pulse(float(cluster.heartbeat_timeout)))
         self._groups: list[ActorGroup] = []
         self._hosts: dict[str, type[Host]] = {}
         self._devices = Devices()
@@ -75,6 +82,7 @@ class Placement:
             for pool in self.layout.pools
             for role, seats in pool.seats.items()
         }
+        self._machines = _nodes_alive()
 
     def _reserve(self) -> dict[str, PlacementGroup]:
         """Pool -> its group, all of them there. On one machine nothing can arrive later: too little is said
@@ -163,14 +171,23 @@ class Placement:
         return self._grouped(name, 1, lambda rank: self._start_host(name, share, "DEFAULT", Host, ()))
 
     def _grouped(self, name: str, count: int, start: Callable[[int], ActorHandle]) -> ActorGroup:
+        def lost_machine() -> WorkerLost | None:
+            if self._machines <= _nodes_alive():
+                return None
+            return WorkerLost(
+                f"{name}: a machine of the cluster is gone, and with it what was reserved there"
+            )
+
         handles = [start(rank) for rank in range(count)]
-        is_apart = name in self.demands and self.demands[name].is_apart
-        turns = Turns(enabled=False) if is_apart else self.turns
         timeout = float(self.cluster.call_timeout)
         if name in self.demands and self.shares_devices(name):
-            group: ActorGroup = SharingGroup(name, handles, self.turns, self.timeline, timeout, self._devices)
+            group: ActorGroup = SharingGroup(
+                name, handles, self.turns, self.timeline, timeout, self._devices, lost_machine
+            )
         else:
-            group = ActorGroup(name, handles, turns, self.timeline, timeout)
+            is_apart = name in self.demands and self.demands[name].is_apart
+            turns = Turns(enabled=False) if is_apart else self.turns
+            group = ActorGroup(name, handles, turns, self.timeline, timeout, start, lost_machine)
         self._groups.append(group)
         return group
 
@@ -222,6 +239,10 @@ class Placement:
             group.kill()
         for reserved in self._reserved.values():
             remove_placement_group(reserved)
+
+
+def _nodes_alive() -> set[str]:
+    return {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
 
 
 def _environment(threads: int) -> dict[str, str]:

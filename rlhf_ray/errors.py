@@ -50,6 +50,11 @@ class WorkerError(RlhfRayError):
     """A role failed or did not answer in time; the message names the role, its rank and the call."""
 
 
+class WorkerLost(WorkerError):
+    """Infrastructure, not the work, is to blame: a process died, did not answer, or its machine is gone. The
+    same work may succeed elsewhere."""
+
+
 class GenerationError(RlhfRayError):
     """A generation engine returned something unusable."""
 

@@ -15,19 +15,20 @@ from actors.group import ActorGroup
 from launch.artefacts import Artefacts
 from launch.memory import PROCESS, model_size, trained_memory
 from launch.placement import Capacity, Placement, RoleDemand
+from launch.recovery import Recoveries
 from rlhf_ray.config.loading import dump_config
 from rlhf_ray.config.schema import DatasetSection, ModelSection, OptimizerSection, RunConfig
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.loading import Table, load_rows
 from rlhf_ray.data.skipped import Skipped
 from rlhf_ray.engines.deepspeed_engine import World
-from rlhf_ray.errors import DataError
+from rlhf_ray.errors import DataError, WorkerLost
 from rlhf_ray.loops.checkpoints import Checkpoints
 from rlhf_ray.loops.stage_run import StageRun
 from rlhf_ray.models.loading import eos_token_ids, load_tokenizer, materialise
 from rlhf_ray.reporting.metrics_log import MetricsLog
 from rlhf_ray.reporting.progress import Progress
-from rlhf_ray.reporting.run_folder import RunFolder
+from rlhf_ray.reporting.run_folder import RECOVERIES_FILE, RunFolder
 from rlhf_ray.seeds import derive_seed
 from rlhf_ray.workers.model_worker import WorkerSpec
 
@@ -62,6 +63,11 @@ class StageContext:
     interrupt: Event
     data: dict[str, str] = field(default_factory=dict)
     parents: dict[str, str] = field(default_factory=dict)
+    recoveries: Recoveries = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        path, limit = self.folder.path / RECOVERIES_FILE, self.config.cluster.max_restarts
+        self.recoveries = Recoveries(path, limit, self.progress.message)
 
     @property
     def seed(self) -> int:
@@ -114,11 +120,18 @@ class StageContext:
     @contextmanager
     def placement(self, demands: Sequence[RoleDemand]) -> Iterator[Placement]:
         """The stage's resources. On leaving, every actor is closed and the resources are given back."""
-        placement = Placement(demands, self.config.cluster, self.folder, self.config.placement)
+        config = self.config
+        placement = Placement(demands, config.cluster, self.folder, config.placement, losses=self.recoveries)
         try:
             yield placement
-        finally:
+        except WorkerLost:
+            # Those that wait for what is lost would hang.
+            placement.release(timeout=1.0)
+            raise
+        except BaseException:
             placement.release()
+            raise
+        placement.release()
 
     def demand_trained(self, role: str, model: ModelSection) -> RoleDemand:
         section = getattr(self.config.placement, role)
@@ -196,6 +209,7 @@ class StageContext:
             open_log=self._open_log,
             interrupt=self.interrupt,
             timings=placement.timeline.take,
+            recoveries=self.recoveries,
             first_step=first_step,
         )
         try:

@@ -103,7 +103,13 @@ def build_engines(
             for own in arguments
         ]
         factory = "rlhf_ray.engines.streaming:StreamingGenerator"
-    group.build(factory, arguments, context.config.cluster.start_timeout)
+    group.build(
+        factory,
+        arguments,
+        context.config.cluster.start_timeout,
+        is_pure=True,
+        needs_weights=version == UNKNOWN_VERSION,
+    )
 
 
 def load_prompts(

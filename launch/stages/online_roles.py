@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from actors.engine_calls import RemoteEngineCalls
 from actors.group import ActorGroup
 from actors.host import AsyncHost, Host
 from actors.roles import (
@@ -19,6 +18,7 @@ from actors.roles import (
     RemoteReference,
     RemoteStreamingGenerator,
 )
+from actors.transfer import Transfer
 from launch.placement import Placement, RoleDemand
 from launch.stages.context import StageContext
 from launch.stages.generation import build_engines, demand_engine, streams
@@ -28,7 +28,7 @@ from rlhf_ray.config.schema import ModelSection, OnlineSection, OptimizerSection
 from rlhf_ray.loops.online import OnlineRoles
 from rlhf_ray.roles import Reference
 from rlhf_ray.types import Prompts, Ragged
-from rlhf_ray.weights.sync import Backend, TransferSpec, choose_backend
+from rlhf_ray.weights.sync import Backend, choose_backend
 
 PROBE_ROWS, PROBE_TOKENS = 8, 32
 """Fewer would do for wrong weights, which are off by many times the tolerance; movement
@@ -84,17 +84,18 @@ class OnlineBuilder:
         context = self.context
         policy, backend, engines = self._policy_and_engines()
         critic = self._critic() if self.section.uses_critic else None
+        transfer = self._transfer(policy, engines, backend)
         generator = RemoteStreamingGenerator(engines) if streams(context) else RemoteGenerator(engines)
         roles = OnlineRoles(
             generator=generator,
             scorer=build_scorer(context, self.placement, self.models.policy, self.models.rewards),
             reference=self._reference(policy) if self.section.uses_reference else None,
-            policy=RemotePolicy(policy, context.config.sync, generator, _probe(prompts)),
+            policy=RemotePolicy(policy, context.config.sync, generator, _probe(prompts), transfer),
             critic=critic,
             experience=RemoteExperience(self._experience()),
         )
         self.placement.wait_until_built()
-        self._connect(policy, engines, backend)
+        transfer.join()
         return roles
 
     def _reference(self, policy: ActorGroup) -> Reference:
@@ -164,26 +165,15 @@ class OnlineBuilder:
             "rlhf_ray.workers.experience:ExperienceWorker",
             [arguments],
             self.context.config.cluster.start_timeout,
+            # Running moments of the rewards are all that it remembers from step to step.
+            is_pure=not self.section.normalize_rewards,
         )
         return group
 
-    def _connect(self, policy: ActorGroup, engines: ActorGroup, backend: Backend) -> None:
-        """Join the policy's ranks and the engines in one transfer group."""
-        cluster = self.context.config.cluster
-        tensor_parallel = self.context.config.engine.tensor_parallel_size
-        address, port = policy.address().rsplit(":", 1)
-        spec = TransferSpec(
-            backend=backend,
-            num_receivers=len(engines) * tensor_parallel,
-            master_address=address,
-            master_port=int(port),
-            timeout=float(cluster.start_timeout),
-        )
-        calls = [
-            RemoteEngineCalls(handle, f"engine[{index}]", float(cluster.call_timeout))
-            for index, handle in enumerate(engines.handles)
-        ]
-        policy.call("connect", calls, spec, tensor_parallel).result()
+    def _transfer(self, policy: ActorGroup, engines: ActorGroup, backend: Backend) -> Transfer:
+        config = self.context.config
+        tensor_parallel = config.engine.tensor_parallel_size
+        return Transfer(policy, engines, backend, tensor_parallel, float(config.cluster.start_timeout))
 
 
 def _probe(prompts: Prompts) -> Ragged:

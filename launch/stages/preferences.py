@@ -84,6 +84,9 @@ def _start_annotators(
         "seed": context.seed,
     }
     group.build(
-        "rlhf_ray.workers.annotator:AnnotatorWorker", [arguments], context.config.cluster.start_timeout
+        "rlhf_ray.workers.annotator:AnnotatorWorker",
+        [arguments],
+        context.config.cluster.start_timeout,
+        is_pure=True,
     )
     return group

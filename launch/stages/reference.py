@@ -37,5 +37,7 @@ def start_reference(context: StageContext, placement: Placement, model: ModelSec
         for world in worlds
     ]
     factory = "rlhf_ray.workers.frozen:ReferenceWorker"
-    group.build(factory, arguments, context.config.cluster.start_timeout)
+    # Ranks that hold a model in parts have a process group, which a new one could not join.
+    is_pure = len(group) == 1
+    group.build(factory, arguments, context.config.cluster.start_timeout, is_pure=is_pure)
     return group

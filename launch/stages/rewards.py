@@ -179,5 +179,10 @@ def _build(context: StageContext, placement: Placement, role: str, **options: ob
     group = placement.start(role)
     arguments = {**options, "threads": placement.shares[role].threads}
     worker = {"reward": "RewardWorker", "judge": "JudgeWorker"}[role]
-    group.build(f"rlhf_ray.workers.rewards:{worker}", [arguments], context.config.cluster.start_timeout)
+    group.build(
+        f"rlhf_ray.workers.rewards:{worker}",
+        [arguments],
+        context.config.cluster.start_timeout,
+        is_pure=True,
+    )
     return group

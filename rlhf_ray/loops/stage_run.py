@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
+from typing import Protocol
 
 from rlhf_ray.errors import Interrupted
 from rlhf_ray.loops.checkpoints import Checkpoints, State
@@ -19,6 +20,26 @@ from rlhf_ray.types import Metrics
 
 def no_timings() -> Metrics:
     return {}
+
+
+class Recoveries(Protocol):
+    """Counts what was lost while the stage ran, and made up for."""
+
+    def begun(self) -> None:
+        """The first step begins."""
+        ...
+
+    def step_done(self, step: int) -> Metrics:
+        """What to log beside the step's own metrics; nothing where nothing was lost."""
+        ...
+
+
+class NothingLost:
+    def begun(self) -> None:
+        pass
+
+    def step_done(self, step: int) -> Metrics:
+        return {}
 
 
 def last_logged(path: Path) -> Metrics:
@@ -41,6 +62,7 @@ class StageRun:
         interrupt: set when the person asked to stop, or the deadline has come; the loop saves after the step
             it is in.
         timings: seconds of each kind of work since it was last asked (`time/...`).
+        recoveries: of the actors that do the work.
     """
 
     name: str
@@ -51,6 +73,7 @@ class StageRun:
     open_log: Callable[[int], MetricsLog]
     interrupt: Event
     timings: Callable[[], Metrics] = no_timings
+    recoveries: Recoveries = field(default_factory=NothingLost)
     first_step: int = 0
     last_metrics: Metrics = field(default_factory=dict)
     _log: MetricsLog | None = None
@@ -69,6 +92,7 @@ class StageRun:
         if start:
             self.progress.message(f"{self.name}: resumed at step {self.first_step + start} of {total_steps}")
             self.last_metrics = last_logged(self.folder.metrics_path)
+        self.recoveries.begun()
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -88,7 +112,7 @@ class StageRun:
             timings["time/overhead"] = max(0.0, 1.0 - timings.pop("time/busy") / seconds)
         tokens = metrics.get("perf/generated_tokens", metrics.get("perf/trained_tokens"))
         speed = {} if tokens is None else {"perf/tokens_per_second": tokens / seconds}
-        self.last_metrics = {**metrics, **speed, **timings}
+        self.last_metrics = {**metrics, **speed, **timings, **self.recoveries.step_done(step)}
         self._log.log(step, self.last_metrics)
         self.progress.step(step + 1, self.last_metrics)
 

@@ -21,7 +21,17 @@ from rlhf_ray.types import Metrics
 Status = Literal["running", "done", "failed", "interrupted"]
 
 RUN_FILE = "run.json"
-_OWN_NAMES = ("metrics.jsonl", "eval.jsonl", "report.md", "rollouts", "checkpoints", "model", "best")
+RECOVERIES_FILE = "recoveries.jsonl"
+_OWN_NAMES = (
+    "metrics.jsonl",
+    "eval.jsonl",
+    "report.md",
+    RECOVERIES_FILE,
+    "rollouts",
+    "checkpoints",
+    "model",
+    "best",
+)
 _DISTRIBUTIONS = {
     "rlhf_ray": ("rlhf_ray",),
     "torch": ("torch",),

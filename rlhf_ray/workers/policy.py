@@ -76,11 +76,13 @@ class PolicyWorker(ModelWorker):
         return self._logprobs(sequences, np.ones(len(sequences), dtype=np.int64), 1.0)
 
     def connect(self, engines: Sequence[EngineCalls], spec: TransferSpec, tensor_parallel_size: int) -> None:
-        """Join the engines in one transfer group; called once, on every rank.
+        """Join the engines in one transfer group, on every rank; an earlier group is left.
 
         Args:
             engines: the control plane of each engine; only rank 0 calls them.
         """
+        if self.publisher is not None:
+            self.publisher.close()
         client = MultiEngineClient(engines, tensor_parallel_size) if self.world.rank == 0 else None
         module = self.engine.module.model
         assert isinstance(module, torch.nn.Module)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import ray
 
-from actors.group import ActorGroup, Timeline, Turns, union_seconds
+from actors.calls import Turns
+from actors.group import ActorGroup, Timeline, union_seconds
 from actors.host import AsyncHost, Host
 from rlhf_ray.errors import ConfigError, RewardError, WorkerError
 from rlhf_ray.roles import Done
@@ -200,10 +201,10 @@ def test_calls_of_an_async_host_run_beside_each_other_and_the_first_done_come_fi
     naps = [
         group.call_rank(rank, "nap", seconds) for rank, seconds in ((1, 1.5), (1, 0.3), (0, 1.5), (1, 0.6))
     ]
-    refs = [nap.done[0] for nap in naps]
-    assert stage.timeline.open.wait_for_first(refs, 2, 20.0) == [1, 3]
+    tasks = [nap.tasks[0] for nap in naps]
+    assert stage.timeline.open.wait_for_first(tasks, 2, 20.0) == [1, 3]
     assert time.monotonic() - start < 1.4
-    assert stage.timeline.open.wait_for_first(refs, 2, 20.0) == [1, 3], "those that have ended count"
+    assert stage.timeline.open.wait_for_first(tasks, 2, 20.0) == [1, 3], "those that have ended count"
     assert [nap.result() for nap in naps] == [1.5, 0.3, 1.5, 0.6]
     assert time.monotonic() - start < 2.5, "not one after the other"
 
@@ -216,15 +217,15 @@ def test_a_failure_among_calls_that_run_beside_each_other_is_raised_by_whoever_w
     late = group.call_rank(0, "nap", 30.0)
     group.call_rank(0, "nap", 0.1, True)
     with pytest.raises(RewardError, match="said by the worker"):
-        stage.timeline.open.wait_for_first([late.done[0]], 1, 20.0)
+        stage.timeline.open.wait_for_first([late.tasks[0]], 1, 20.0)
     with pytest.raises(WorkerError, match=r"^no answer within 0\.5 s from engine\.nap$"):
-        stage.timeline.open.wait_for_first([late.done[0]], 1, 0.5)
+        stage.timeline.open.wait_for_first([late.tasks[0]], 1, 0.5)
 
 
 def spans_of(stage: Stage) -> dict[str, list[tuple[float, float]]]:
     spans: dict[str, list[tuple[float, float]]] = {}
-    for kind, done in stage.timeline.calls:
-        spans.setdefault(kind, []).append(ray.get(done))
+    for kind, span in stage.timeline.open.take_spans():
+        spans.setdefault(kind, []).append(span)
     return spans
 
 
@@ -241,11 +242,12 @@ def submit_work(stage: Stage) -> None:
 def test_with_turns_no_two_calls_overlap_but_a_groups_ranks_do(make_stage: Callable[..., Stage]) -> None:
     stage = make_stage(turns=True)
     submit_work(stage)
-    turns = [(min(s for s, _ in spans), max(e for _, e in spans)) for spans in spans_of(stage).values()]
+    found = spans_of(stage)
+    turns = [(min(s for s, _ in spans), max(e for _, e in spans)) for spans in found.values()]
     assert len(turns) == 6
     for (_, end), (start, _) in itertools.pairwise(turns):
         assert start >= end
-    for spans in (spans_of(stage)["engine-0"], spans_of(stage)["policy-1"]):
+    for spans in (found["engine-0"], found["policy-1"]):
         (first, first_end), (second, second_end) = spans
         assert max(first, second) < min(first_end, second_end), (
             "ranks work together: they meet in collectives"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import ray
 
-from actors.group import ActorGroup, Timeline, Turns
+from actors.calls import Turns
+from actors.group import ActorGroup, Timeline
 from actors.host import AsyncHost
 from actors.roles import RemoteStreamingGenerator
 from rlhf_ray.types import Prompts, Ragged, SamplingSpec
@@ -38,7 +39,7 @@ def test_a_prompt_goes_to_the_engine_with_the_least_to_do(tmp_path: Path) -> Non
     sampling = SamplingSpec(max_completion_length=10, num_generations=2)
 
     def ranks() -> list[int]:
-        return [call.rank for call in generator._outstanding.values()]
+        return [call.task.at for call in generator._outstanding.values()]
 
     # 220 tokens, then 40, 60 and 100 beside them: the fourth prompt makes both about equal.
     first = generator.generate(prompts_of([100, 10, 20, 40], [0.3, 0.1, 0.1, 30.0]), sampling, 0)

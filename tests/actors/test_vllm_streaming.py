@@ -14,8 +14,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 pytest.importorskip("vllm")
 
+from actors.calls import Turns
 from actors.engine_calls import RemoteEngineCalls
-from actors.group import ActorGroup, Timeline, Turns
+from actors.group import ActorGroup, Timeline
 from actors.host import AsyncHost
 from actors.roles import RemoteStreamingGenerator
 from rlhf_ray.config.schema import EngineSection, KVOnUpdate

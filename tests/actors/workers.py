@@ -36,6 +36,21 @@ class Worker:
         """A value that says which rank made it."""
         return 100 * self.rank + value
 
+    async def who_async(self) -> tuple[int, int]:
+        """For hosts whose calls run beside each other."""
+        return self.who()
+
+    def later(self, seconds: float, value: object) -> object:
+        time.sleep(seconds)
+        return value
+
+    def hang_once(self, path: str) -> str:
+        """Whoever finds no file there makes one, and hangs."""
+        if not os.path.exists(path):
+            open(path, "w").close()
+            time.sleep(600)
+        return "answered"
+
     def environment(self, name: str) -> str | None:
         return os.environ.get(name)
 

@@ -279,9 +279,16 @@ class LoggingSection(Section):
 
 
 class ClusterSection(Section):
-    """address: null starts Ray on this machine for the run; `auto` or host:port joins a running cluster."""
+    """address: null starts Ray on this machine for the run; `auto` or host:port joins a running cluster.
+    max_restarts: how often in a row, without a new step between, lost processes are started again before the
+    run fails; 0 lets it fail at the first.
+    """
 
     address: str | None = None
     object_store_mib: Positive = 500
     start_timeout: Positive = Field(300, description="seconds to wait for resources and for actors to start")
     call_timeout: Positive = Field(3600, description="seconds after which a call to a role counts as hung")
+    heartbeat_timeout: Annotated[int, Field(ge=10)] = Field(
+        60, description="seconds without a sign of life after which a process counts as dead"
+    )
+    max_restarts: NonNegative = 3
