@@ -78,7 +78,7 @@ def test_nothing_heavy_is_imported_for_an_answer_about_the_command_line(words: l
 def test_help_lists_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert listed == ["train", "check", "doctor", "generate", "report", "bench"]
+    assert listed == ["train", "check", "plan", "doctor", "generate", "report", "bench"]
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"rlhf-ray {__version__}\n"
 
