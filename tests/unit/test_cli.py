@@ -88,7 +88,7 @@ def test_help_lists_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["trian", "x"],
-            "no command trian (there are train, check, doctor, generate, report, bench); did you mean train?",
+            "no command trian (there are train, check, plan, doctor, generate, report, bench); did you mean train?",
         ),
         ([], "which command?; see rlhf-ray --help"),
         (["train"], "the following arguments are required: CONFIG; see rlhf-ray train --help"),
