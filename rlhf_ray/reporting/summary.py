@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,8 @@ def closing_rows(summary: Summary) -> list[tuple[str, str, str, str, str]]:
         win = found["win_rate"]
         wins = f"{win['mean']:.0%} [{100 * win['low']:.0f}, {100 * win['high']:.0f}]" if win["n"] else "-"
         rows.append((name, *_comparison_cells(found), wins))
-    rows.append(("KL", *_comparison_cells(summary["kl"]), ""))
+    if not math.isnan(summary["kl"]["end"]["mean"]):  # measured: there is a reference
+        rows.append(("KL", *_comparison_cells(summary["kl"]), ""))
     rows.append(("length", *_comparison_cells(summary["length"]), ""))
     cut = summary["truncated"]
     rows.append(("cut off", f"{cut['start']['mean']:.0%}", f"{cut['end']['mean']:.0%}", _points(cut), ""))

@@ -185,6 +185,8 @@ def test_closing_rows() -> None:
     assert rows["gold"] == ("0.20 ±0.20", "1.20 ±0.20", "+1.00 [1.00, 1.00]", "100% [57, 100]")
     assert rows["KL"] == ("0.00 ±0.00", "2.00 ±0.00", "+2.00 [2.00, 2.00]", "")
     assert rows["cut off"] == ("0%", "0%", "+0 [0, 0]", "")
+    unmeasured = [record(i, 1.0, kl=math.nan) for i in range(5)]
+    assert "KL" not in {row[0] for row in closing_rows(summarise(start, unmeasured, watched=["gold"]))}
 
 
 def pipeline(path: Path) -> RunFolder:
