@@ -26,6 +26,7 @@ from tests.unit.test_deepspeed_engine import (
     Outcome,
     assert_equal_outcomes,
     batch,
+    distance,
     plain,
     train,
     worker,
@@ -94,8 +95,18 @@ def train_sharing_sequences(
             sequence_parallel_size=2,
             gradient_checkpointing=split == "8x1",
         )
-        found[zero_stage, split] = train(trained, batches), trained.probe(batch(9).tokens).values
+        probe = trained.probe(batch(9).tokens).values  # while the weights are equal
+        found[zero_stage, split] = train(trained, batches), probe
     return found
+
+
+def assert_close_outcomes(found: Outcome, expected: Outcome) -> None:
+    """Attention over exchanged heads adds up in another order: of a row of three tokens, the gradients of
+    queries and keys, which nearly cancel, were seen to differ by 2e-6."""
+    assert distance(found.gradients, expected.gradients) < 1e-5
+    assert found.metrics["policy/grad_norm"] == pytest.approx(expected.metrics["policy/grad_norm"], rel=1e-5)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert distance(found.weights, expected.weights) < 1e-5
 
 
 def assert_sharing_changes_nothing(
@@ -105,9 +116,9 @@ def assert_sharing_changes_nothing(
     for zero_stage, split in layouts:
         batches = BATCHES if split != "one row" else [each.select([1]) for each in BATCHES]
         alone = worker(model, 0)
-        expected = train(alone, batches)
         probe = alone.probe(batch(9).tokens).values
-        assert_equal_outcomes(ranks[0][zero_stage, split][0], expected)
+        expected = train(alone, batches)
+        assert_close_outcomes(ranks[0][zero_stage, split][0], expected)
         for rank in ranks:
             outcome, own_probe = rank[zero_stage, split]
             assert outcome.metrics == ranks[0][zero_stage, split][0].metrics, "ranks agree"
