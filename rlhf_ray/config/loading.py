@@ -200,3 +200,5 @@ def _explain_outer_rules(document: Document, wrong: Sequence[KeyPath]) -> None:
                 for detail in error.errors(include_url=False):
                     if detail["type"] == "value_error":
                         _explain_rule(document, path, node, str(detail["ctx"]["error"]))
+            except (AttributeError, TypeError):
+                pass  # a rule that looks into what is wrong: it applies when that is mended

@@ -10,7 +10,7 @@ from rlhf_ray.reporting.metrics_log import read_metrics
 from tests.command_line import CommandLine
 from tests.e2e.runs import rollouts
 
-pytestmark = [pytest.mark.actors, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.actors, pytest.mark.timeout(600)]
 
 OVERRIDES = [
     "online.algorithm=dapo",

@@ -14,6 +14,7 @@ from tests.e2e.runs import assert_same_weights, contents, rollouts, untimed
 
 pytestmark = [
     pytest.mark.actors,
+    pytest.mark.slow,  # the default tests have tests/unit/test_resume_matrix.py
     pytest.mark.timeout(900),  # the first test waits for whole runs
 ]
 

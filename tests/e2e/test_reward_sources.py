@@ -17,7 +17,7 @@ from tests.e2e.runs import EXACT, Tree, rollouts, write_config
 from tests.reward_servers import TOKEN, answering, running
 from tests.tiny import tiny_tokenizer
 
-pytestmark = [pytest.mark.actors, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.actors, pytest.mark.slow, pytest.mark.timeout(300)]
 
 TEMPLATE = "{completion} Good?"
 WEIGHTS = {"server": 1.0, "judge": 2.0, "reasoning_gym": 1.0, "length": 0.5, "vowels": 0.0}
@@ -79,7 +79,7 @@ def probability_of_yes(folder: Path, text: str) -> float:
     return float(1 / (1 + np.exp(logprobs[1] - logprobs[0])))
 
 
-@pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
 def test_all_sources_of_a_step_are_merged(rlhf_ray: CommandLine, backend: str) -> None:
     here, server = rlhf_ray.folder, FlakyServer()
     (here / "judge.txt").write_text(TEMPLATE)

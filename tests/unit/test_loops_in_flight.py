@@ -174,7 +174,10 @@ class Keeping(ExperienceWorker):
 
 def test_tokens_of_older_weights_count_by_their_importance(model: ModelSection, tmp_path: Path) -> None:
     """The decoupled objective: the loss's ratio begins at 1, and min(pi_old / sampler, 2) is a factor."""
-    section = online_section(algorithm="grpo", num_steps=3, max_lag=1, optimizer={"learning_rate": 3e-2})
+    section = online_section(
+        algorithm="grpo", kl_placement="reward", num_steps=3, max_lag=1, optimizer={"learning_rate": 3e-2}
+    )
+    assert section.old_logprobs == "forward"
     loop = online_loop(model, tmp_path, section)
     worker = Keeping(section, model, loop.run.folder.rollouts)
     loop.roles = replace(loop.roles, experience=LocalExperience(worker))

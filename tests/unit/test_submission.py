@@ -29,7 +29,7 @@ online:
   critic_init: policy
   dataset: {path: ../data/prompts.jsonl}
   rewards:
-    - {type: function, name: mine, function: "my_rewards:score"}
+    - {type: function, name: mine, function: "sent_rewards:score"}
 """
 
 
@@ -38,7 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A person's folder, with data outside of it."""
     folder = tmp_path / "here"
     tiny_model_folder(folder / "lm")
-    (folder / "my_rewards.py").write_text(
+    (folder / "sent_rewards.py").write_text(
         "def score(prompts, completions):\n    return [0.0] * len(prompts)\n"
     )
     (folder / "my.yaml").write_text(CONFIG)
@@ -67,7 +67,7 @@ def test_the_package_has_code_configuration_and_data(here: Path) -> None:
     files, words = packaged(Source("my.yaml", ("online.num_steps=2",), here, excludes=("lm/notes",)))
     assert {name for name in files if not name.startswith("lm/")} == {
         "my.yaml",
-        "my_rewards.py",
+        "sent_rewards.py",
         ".rlhf-ray/my.yaml",
         ".rlhf-ray/data/1/prompts.jsonl",
     }
@@ -104,7 +104,7 @@ def test_equal_packages_are_equal_bytes(here: Path) -> None:
     for _ in range(2):
         with prepared(Source("my.yaml", (), here), load_checked("my.yaml")) as job:
             contents.append(job.package.read_bytes())
-        os.utime(here / "my_rewards.py")
+        os.utime(here / "sent_rewards.py")
     assert contents[0] == contents[1]
 
 
@@ -120,7 +120,7 @@ def test_in_a_repository_git_decides(here: Path) -> None:
     (here / "ignored.py").write_text("x")
     files, _ = packaged(Source("my.yaml", (), here))
     assert "ignored.py" not in files
-    assert "my_rewards.py" in files
+    assert "sent_rewards.py" in files
     assert "lm/model.safetensors" in files, "ignored, but the run reads it"
 
 
@@ -170,7 +170,7 @@ def test_a_wheel_brings_the_code(here: Path) -> None:
         archive.writestr("rlhf_ray-1.dist-info/entry_points.txt", "x")
     files, _ = packaged(Source("my.yaml", (), None, wheel=wheel))
     assert {"launch/__init__.py", "rlhf_ray-1.dist-info/entry_points.txt", ".rlhf-ray/my.yaml"} <= set(files)
-    assert "my_rewards.py" not in files
+    assert "sent_rewards.py" not in files
     with pytest.raises(UserError, match=r"must be a wheel without compiled code"):
         packaged(Source("my.yaml", (), None, wheel=here / "x-1-cp311-cp311-linux_x86_64.whl"))
 
