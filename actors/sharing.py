@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from ray.actor import ActorHandle
 
-from actors.calls import Remote, Turns
+from actors.calls import Remote, Task, Turns
 from actors.group import ActorGroup, Timeline
 from rlhf_ray.errors import WorkerLost
 
@@ -92,22 +92,9 @@ class SharingGroup(ActorGroup):
     def is_begun(self) -> bool:
         return bool(self._builds)
 
-    def call(self, method: str, *args: object, kind: str | None = None) -> Remote[object]:
-        self.devices.give_to(self, method)
-        return super().call(method, *args, kind=kind)
-
-    def call_pair(
-        self, method: str, *args: object, kind: str | None = None
-    ) -> tuple[Remote[object], Remote[object]]:
-        self.devices.give_to(self, method)
-        return super().call_pair(method, *args, kind=kind)
-
-    def call_each(
-        self, method: str, args_by_rank: Sequence[Sequence[object]], kind: str | None = None
-    ) -> list[Remote[object]]:
-        self.devices.give_to(self, method)
-        return super().call_each(method, args_by_rank, kind=kind)
-
-    def call_rank(self, rank: int, method: str, *args: object, kind: str | None = None) -> Remote[object]:
-        self.devices.give_to(self, method)
-        return super().call_rank(rank, method, *args, kind=kind)
+    def _begin(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        """What is asked of the host alone (building, its address), and the moves, need no devices."""
+        task = tasks[0]
+        if task.method is not None and task.kind != HAND_OVER:
+            self.devices.give_to(self, task.method)
+        return super()._begin(tasks)
