@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+BLOCK_LOGITS = 1 << 20
+"""As many are read at a time on a CPU, where each pass over them then finds them in the cache."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,23 @@ def target_stats(
     return TokenStats(logprobs, entropy, is_top)
 
 
+def _blocks(logits: torch.Tensor) -> Iterator[slice]:
+    """Rows of [N, V] to read together; on a GPU all, since every pass over them is a launch."""
+    rows, width = logits.shape
+    at_a_time = max(1, BLOCK_LOGITS // width) if logits.device.type == "cpu" else max(1, rows)
+    return (slice(start, start + at_a_time) for start in range(0, max(1, rows), at_a_time))
+
+
 def _read(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> _Found:
+    parts = [_read_block(logits[rows], targets[rows], temperature) for rows in _blocks(logits)]
+    logprobs, entropy, is_top, log_normalizer = (torch.cat(column) for column in zip(*parts, strict=True))
+    return _Found(TokenStats(logprobs, entropy, is_top), log_normalizer)
+
+
+def _read_block(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs, entropy, whether the target is the top, and the log of the normaliser."""
     scaled = logits.float()
     if temperature != 1:
         scaled = scaled / temperature
@@ -53,8 +73,7 @@ def _read(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> _F
     log_normalizer = largest + total.log()
     # H = log Z - E[logit]
     entropy = log_normalizer - exponentials.mul_(scaled).sum(-1) / total
-    stats = TokenStats(of_target - log_normalizer, entropy, of_target >= largest)
-    return _Found(stats, log_normalizer)
+    return of_target - log_normalizer, entropy, of_target >= largest, log_normalizer
 
 
 class _TargetStats(torch.autograd.Function):
@@ -87,15 +106,17 @@ class _TargetStats(torch.autograd.Function):
         if of_logprobs is None and of_entropy is None:
             return None, None, None, None
         temperature: float = ctx.temperature  # type: ignore[attr-defined]
-        logprobs = logits.to(torch.float32, copy=True).div_(temperature).sub_(log_normalizer[:, None])
         one = torch.zeros_like(entropy) if of_logprobs is None else of_logprobs / temperature
-        if of_entropy is None:
-            gradient = logprobs.exp_().mul_(-one[:, None])
-        else:
-            other = (of_entropy / temperature)[:, None]
-            probabilities = logprobs.exp()
-            gradient = (
-                logprobs.add_(entropy[:, None]).mul_(other).add_(one[:, None]).mul_(probabilities).neg_()
-            )
-        gradient.scatter_add_(-1, targets[:, None], one[:, None])
-        return gradient.to(logits.dtype), None, None, None
+        other = None if of_entropy is None else of_entropy / temperature
+        gradient = torch.empty_like(logits)
+        for rows in _blocks(logits):
+            logprobs = logits[rows].to(torch.float32, copy=True).div_(temperature)
+            logprobs.sub_(log_normalizer[rows, None])
+            if other is None:
+                block = logprobs.exp_().mul_(-one[rows, None])
+            else:
+                probabilities = logprobs.exp()
+                block = logprobs.add_(entropy[rows, None]).mul_(other[rows, None]).add_(one[rows, None])
+                block.mul_(probabilities).neg_()
+            gradient[rows] = block.scatter_add_(-1, targets[rows, None], one[rows, None])
+        return gradient, None, None, None

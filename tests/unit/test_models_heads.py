@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_ray.config.schema import Layout, ModelSection
+from rlhf_ray.models import target_stats
 from rlhf_ray.models.batching import before_responses, collate, last_positions
 from rlhf_ray.models.heads import PolicyModel, ScalarModel, num_head_chunks, token_stats
 from rlhf_ray.models.loading import load_policy_model, load_scalar_model
@@ -56,9 +57,14 @@ def test_a_frozen_head_passes_the_same_gradient_on(entropy_has_grad: bool) -> No
     assert torch.equal(gradient(), expected)
 
 
+@pytest.mark.parametrize("block_logits", [1, 120, target_stats.BLOCK_LOGITS])
 @pytest.mark.parametrize("num_chunks", [1, 3, 10, 50])
 @pytest.mark.parametrize("temperature", [1.0, TEMPERATURE])
-def test_token_stats_against_full_logits(num_chunks: int, temperature: float) -> None:
+def test_token_stats_against_full_logits(
+    num_chunks: int, temperature: float, block_logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of one row, of three, and of all."""
+    monkeypatch.setattr(target_stats, "BLOCK_LOGITS", block_logits)
     generator = torch.Generator().manual_seed(0)
     head = nn.Linear(6, 40)
     hidden = torch.randn(10, 6, generator=generator, requires_grad=True)
