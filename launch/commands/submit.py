@@ -10,7 +10,6 @@ from pathlib import Path
 from launch.commands.jobs import add_address, follow_job, hints, note
 from launch.commands.shared import AddCommand, add_config, load, not_negative
 from launch.exit_codes import DONE
-from rlhf_ray.errors import UserError
 
 
 def add(command: AddCommand) -> None:
@@ -81,10 +80,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     with prepared(source, config) as job:
         client = connect(arguments.address)
         with explained(arguments.address):
-            try:
-                job_id = send(client, job, variables)
-            except RuntimeError as error:
-                raise UserError(f"--address {arguments.address}: the job was not taken: {error}") from error
+            job_id = send(client, job, variables)
         note(f"submitted as {job_id} ({job.size / (1 << 20):.1f} MiB); writes to {job.output_dir}")
     if arguments.no_wait:
         print(job_id)

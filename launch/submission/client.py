@@ -66,11 +66,22 @@ def explained(address: str) -> Iterator[None]:
             "RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with it (`ray get-auth-token` on the cluster "
             "shows it)"
         ) from error
+    except RuntimeError as error:
+        raise UserError(f"--address {address}: the cluster refused: {error}{_remedy(str(error))}") from error
     except (OSError, ValueError) as error:  # requests' own errors are among them
         raise UserError(
             f"--address {address}: no Ray dashboard answers there; is the cluster up, and was it started "
             "with the dashboard (`ray start --head`)?"
         ) from error
+
+
+def _remedy(refusal: str) -> str:
+    if "No available agent" not in refusal:
+        return ""
+    return (
+        ". The head's agent is not up yet, or another Ray on that machine holds its port; end that one, or "
+        "start the head with --dashboard-agent-listen-port=52399"
+    )
 
 
 def job_of(client: Jobs, address: str, job_id: str) -> JobDetails:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.submission import entrypoint, named_files, package, secrets
+from launch.submission.client import explained
 from launch.submission.entrypoint import persist
 from launch.submission.job import Source, prepared, send
 from rlhf_ray.config.checks import load_checked
@@ -97,6 +98,12 @@ def test_the_job_reads_the_same_configuration(here: Path, monkeypatch: pytest.Mo
     config = load_checked(words[1], words[2:])
     assert config.cluster.address == "auto"
     assert config.output_dir == here / "runs" / "x"
+
+
+def test_a_head_without_an_agent_is_explained() -> None:
+    pattern = r"http://head:8265.*No available agent.*--dashboard-agent-listen-port"
+    with pytest.raises(UserError, match=pattern), explained("http://head:8265"):
+        raise RuntimeError("Request failed with status code 500: No available agent to submit job")
 
 
 def test_equal_packages_are_equal_bytes(here: Path) -> None:
