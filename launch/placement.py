@@ -42,6 +42,8 @@ __all__ = [
 ]
 
 MAX_CALLS = 100_000
+PATIENCE = 10.0
+"""Seconds of waiting for resources before it is said."""
 
 
 class Placement:
@@ -49,6 +51,7 @@ class Placement:
 
     Args:
         losses: is told of the actors that die and are replaced; without it none is.
+        say: is told what is waited for, where that takes longer than `PATIENCE`.
 
     Raises:
         ResourceError: the cluster does not have them, or not within `cluster.start_timeout`.
@@ -62,6 +65,7 @@ class Placement:
         section: PlacementSection | None = None,
         *,
         losses: Losses | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         capacity = Capacity.of_cluster()
         self.demands = {demand.name: demand for demand in demands}
@@ -69,6 +73,7 @@ class Placement:
         self.shares = self.layout.shares
         self.cluster = cluster
         self.folder = folder
+        self._say = say or (lambda text: None)
         is_shared = any(pool.is_shared for pool in self.layout.pools)
         self.turns = Turns(is_shared or take_turns(demands, self.shares, capacity))
         self.timeline = Timeline(losses or Unbearable(), Pulse(float(cluster.heartbeat_timeout)))
@@ -99,17 +104,32 @@ class Placement:
             )
             for pool in pools
         }
-        deadline = time.monotonic() + self.cluster.start_timeout
-        # Ray waits for whole seconds.
-        if not all(group.wait(math.ceil(max(0.0, deadline - time.monotonic()))) for group in groups.values()):
-            nodes = nodes_of_cluster()
+        try:
+            self._wait_for(tuple(groups.values()))
+        except ResourceError:
             for group in groups.values():
                 remove_placement_group(group)
-            missing = ", ".join(never(pools, nodes)) or (
-                f"the resources exist but are in use, or not together on single nodes ({fragments(nodes)})"
-            )
-            raise ResourceError(f"after {self.cluster.start_timeout} s: {self._explain(missing)}")
+            raise
         return groups
+
+    def _wait_for(self, groups: Sequence[PlacementGroup]) -> None:
+        deadline = time.monotonic() + self.cluster.start_timeout
+
+        def are_there(until: float) -> bool:
+            # Ray waits for whole seconds.
+            return all(group.wait(math.ceil(max(0.0, until - time.monotonic()))) for group in groups)
+
+        if are_there(min(deadline, time.monotonic() + PATIENCE)):
+            return
+        self._say(f"waiting for at most {self.cluster.start_timeout} s: {self._explain(self._missing())}")
+        if not are_there(deadline):
+            raise ResourceError(f"after {self.cluster.start_timeout} s: {self._explain(self._missing())}")
+
+    def _missing(self) -> str:
+        nodes = nodes_of_cluster()
+        return ", ".join(never(self.layout.pools, nodes)) or (
+            f"the resources exist but are in use, or not together on single nodes ({fragments(nodes)})"
+        )
 
     def _explain(self, missing: str) -> str:
         capacity = Capacity.of_cluster()

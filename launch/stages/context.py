@@ -121,7 +121,14 @@ class StageContext:
     def placement(self, demands: Sequence[RoleDemand]) -> Iterator[Placement]:
         """The stage's resources. On leaving, every actor is closed and the resources are given back."""
         config = self.config
-        placement = Placement(demands, config.cluster, self.folder, config.placement, losses=self.recoveries)
+        placement = Placement(
+            demands,
+            config.cluster,
+            self.folder,
+            config.placement,
+            losses=self.recoveries,
+            say=self.progress.message,
+        )
         try:
             yield placement
         except WorkerLost:

@@ -128,12 +128,17 @@ class TestOnACluster:
         assert "3 x policy with 1 CPU, 1.0 GiB memory; 1 x engine with " in str(caught.value)
         assert "Missing: 1.5 CPU more, 2 GPU more, 1.5 GiB memory more." in str(caught.value)
 
-    def test_on_a_joined_cluster_the_deadline_is_waited_for(self, tmp_path: Path) -> None:
-        """There, a node may come."""
-        joined = ClusterSection(address="auto", start_timeout=2)
+    def test_on_a_joined_cluster_the_deadline_is_waited_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """There, a node may come; what for is said before."""
+        monkeypatch.setattr("launch.placement.PATIENCE", 0.5)
+        joined, said = ClusterSection(address="auto", start_timeout=2), list[str]()
         start = time.monotonic()
         with pytest.raises(ResourceError, match=r"^after 2 s: placement: .* Missing: 98 CPU more\."):
-            Placement([demand("policy", cpus=100)], joined, RunFolder(tmp_path))
+            Placement([demand("policy", cpus=100)], joined, RunFolder(tmp_path), say=said.append)
+        assert [text[:35] for text in said] == ["waiting for at most 2 s: placement:"]
+        assert "98 CPU more" in said[0]
         assert 1.9 < time.monotonic() - start < 6
         self.assert_all_is_free()
 
