@@ -37,6 +37,9 @@ MEMORY = ("weights", "kv_cache")
 """What an engine has on its device, by vLLM's names, in the order in which it comes back."""
 CPU_BATCHED_TOKENS = 4096
 """Tokens of one forward pass of the engine."""
+CPU_BLOCK_TOKENS = 32
+"""The fewest that the CPU's kernels are made for. Answers of a group share the full blocks of their prompt,
+and of vLLM's 128 tokens a short prompt fills none."""
 
 
 class VLLMGenerator(SteppedGenerator):
@@ -229,6 +232,7 @@ def engine_arguments(
             # longest.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len),
+            "block_size": CPU_BLOCK_TOKENS,
         }
     return {
         "model": model_folder,
