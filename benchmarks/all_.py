@@ -41,6 +41,8 @@ CLAIMS = (
     "async",
     "async-sim",
     "end-to-end",
+    "scale",
+    "plan-memory",
 )
 
 

@@ -156,8 +156,8 @@ def _speed(plan: Plan) -> str:
         f"{per_device:,.0f} tokens a second and {unit}; {plan.slots} answers at a time on an engine\n"
         f"assumed: prompts of {work.prompt:.0f} tokens, answers of {work.lengths.mean:.0f} in the mean with "
         f"a long tail up to {work.lengths.longest}; of the data sheet's peak {efficiency.train:.0%} in "
-        f"training, {efficiency.forward:.0%} in forward passes, {efficiency.read:.0%} of memory bandwidth in "
-        f"decoding, {efficiency.move:.0%} of links"
+        f"training, {efficiency.forward:.0%} in forward passes, {efficiency.read:.0%} of memory bandwidth "
+        f"with weights and {efficiency.cache:.0%} with the KV cache, {efficiency.move:.0%} of links"
     )
 
 

@@ -17,6 +17,8 @@ USUAL_GPUS = 8
 """Of a node, where nobody says."""
 CPUS_PER_GPU, GIB_PER_GPU = 8, 64
 """Of a node, where nobody says; one without a GPU is counted as one with a single GPU."""
+ENGINES = ("engine", "judge", "feedback")
+"""Roles whose actors may have several devices each."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def size(
     Raises:
         UserError: neither says it, or the options are less than the placement asks for.
     """
-    wanted = gpus_wanted(config)
+    wanted = 0.0 if _works_without(config, gpus_per_node) else gpus_wanted(config)
     if wanted is None and (nodes is None or gpus_per_node is None):
         raise UserError(
             f"placement: does not say how many GPUs the run has (auto for {', '.join(_auto(config))}); "
@@ -99,11 +101,29 @@ def size(
 
 
 def gpus_wanted(config: RunConfig) -> float | None:
-    """Of those that work together and take most; None where a role's are `auto`."""
+    """Of those that work together and take most; None where none are shared and a role's are `auto`."""
+    if config.placement.mode != "auto":
+        return max(sum(_pools(config, roles).values()) for roles in _together(config))
     if _auto(config):
         return None
     sections = [[_section(config, role) for role in roles] for roles in _together(config)]
     return max(sum(section.count * float(section.gpus) for section in each) for each in sections)
+
+
+def _pools(config: RunConfig, roles: Sequence[str]) -> dict[str, int]:
+    """Devices of each pool of roles that share them: as many as the largest of its roles has. What a role
+    writes as `gpus` is then a part of a device, and makes no more of them."""
+    sizes: dict[str, int] = {}
+    for role in roles:
+        width = config.engine.tensor_parallel_size if role in ENGINES else 1
+        pool = config.placement.pool_of(role)
+        sizes[pool] = max(sizes.get(pool, 0), _section(config, role).count * width)
+    return sizes
+
+
+def _works_without(config: RunConfig, gpus_per_node: int | None) -> bool:
+    """Roles that share devices share the cores where there are no GPUs."""
+    return gpus_per_node == 0 and config.placement.mode != "auto"
 
 
 def _auto(config: RunConfig) -> list[str]:

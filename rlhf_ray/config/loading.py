@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
-from pydantic import ValidationError, create_model
+from pydantic import PlainValidator, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from rlhf_ray.config import outline
@@ -177,11 +177,25 @@ def _locate(tree: Raw, location: tuple[int | str, ...]) -> tuple[KeyPath, Node]:
     return path, node
 
 
+class _Unreadable(Exception):
+    """A rule looked into what is wrong."""
+
+
+class _Wrong:
+    """In place of a section that is wrong: a rule sees that it is there, and no more."""
+
+    def __getattr__(self, name: str) -> object:
+        raise _Unreadable
+
+    def __str__(self) -> str:
+        raise _Unreadable
+
+
 def _explain_outer_rules(document: Document, wrong: Sequence[KeyPath]) -> None:
     """Try the rules that span several keys, which pydantic skips for a section with anything wrong inside.
 
-    A section of which only inner sections are wrong is validated once more, with those taken as they are:
-    rules look at the presence of an inner section, not into it.
+    A section of which only inner sections are wrong is validated once more. A rule that looks into one of
+    those applies when that is mended.
     """
     for path in sorted({place[:depth] for place in wrong for depth in range(len(place))}, key=len):
         reached, node = _locate(document.tree, path)
@@ -192,7 +206,8 @@ def _explain_outer_rules(document: Document, wrong: Sequence[KeyPath]) -> None:
         inside = {str(place[len(path)]) for place in wrong if place[: len(path)] == path}
         fields = outline.properties(section)
         if all(outline.section(fields[key], raw.get(key)) for key in inside):
-            as_they_are = cast(dict[str, Any], {key: (object, ...) for key in inside})
+            any_section = Annotated[object, PlainValidator(lambda _: _Wrong())]
+            as_they_are = cast(dict[str, Any], {key: (any_section, ...) for key in inside})
             lenient = create_model("Lenient", __base__=outline.class_of(section), **as_they_are)
             try:
                 lenient.model_validate_json(json.dumps(raw), strict=True)
@@ -200,5 +215,5 @@ def _explain_outer_rules(document: Document, wrong: Sequence[KeyPath]) -> None:
                 for detail in error.errors(include_url=False):
                     if detail["type"] == "value_error":
                         _explain_rule(document, path, node, str(detail["ctx"]["error"]))
-            except (AttributeError, TypeError):
-                pass  # a rule that looks into what is wrong: it applies when that is mended
+            except _Unreadable:
+                pass

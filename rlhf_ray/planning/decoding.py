@@ -13,8 +13,9 @@ Key = int
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one decoding step, by the number of sequences in it: all weights are read once, each
-    sequence's part of the KV cache is read, and every token is multiplied with every weight.
+    """Seconds of one decoding step, by the number of sequences in it. In the matrices of a layer the weights
+    are read once while every token is multiplied with them; in its attention, before or after that, each
+    sequence's KV cache is read.
 
     Fields:
         fixed: of a step, whatever is in it. read, compute: of a sequence.
@@ -28,11 +29,7 @@ class Speed:
     prefill: float = 0.0
 
     def step(self, running: int) -> float:
-        return (
-            self.fixed
-            + max(self.weights + running * self.read, running * self.compute)
-            + running * self.prefill
-        )
+        return self.fixed + max(self.weights, running * self.compute) + running * (self.read + self.prefill)
 
 
 class Decoding:

@@ -49,7 +49,7 @@ class Schedule:
     Fields:
         max_lag, stragglers, oversample: as in the configuration's `online`.
         generating: devices of the engines; 0 is all, in turn with training.
-        updates_a_sync: steps after which new weights reach the engines.
+        updates_a_sync: steps after which new weights, and new prompts, reach the engines.
         capacity: prompts in flight; None is what `Sampler` has.
     """
 
@@ -212,7 +212,8 @@ class _Run:
 
     def step(self, step: int) -> None:
         version = step // self.schedule.updates_a_sync
-        self._keep_in_flight(version)
+        if step % self.schedule.updates_a_sync == 0:
+            self._keep_in_flight(version)
         taken = self._take(version, (step + 1) // self.schedule.updates_a_sync)
         self.lags += [version - each.version for each in taken]
         self.tokens += (tokens := sum(each.work.tokens for each in taken))

@@ -24,14 +24,16 @@ class Efficiency:
     Fields:
         train, forward: of the operations a second, in training and in a pass without gradient.
         prefill: of an engine that reads prompts. multiply: of one that decodes with large batches.
-        read: of the memory's bandwidth, while decoding. move: of links and network.
+        read: of the memory's bandwidth, with the weights. cache: with the KV cache, of which each sequence's
+            is in pieces. move: of links and network.
     """
 
     train: float = 0.40
-    forward: float = 0.45
+    forward: float = 0.41
     prefill: float = 0.40
     multiply: float = 0.50
-    read: float = 0.42
+    read: float = 0.68
+    cache: float = 0.27
     move: float = 0.60
 
 
@@ -147,11 +149,15 @@ class Clock:
         products = parts * self.device.flops
         latency = self.device.latency + (2 * ALL_REDUCE * shape.layers if parts > 1 else 0.0)
         context = self.work.prompt + self.work.lengths.mean / 2
+        cache = parts * self.device.bandwidth * self.efficiency.cache
+        # Hidden states go around the devices twice for an all-reduce, of which a layer has two.
+        reduced = 2 * 2 * shape.layers * shape.width * itemsize * (parts - 1) / parts
+        link = self.device.link * self.efficiency.move
         prefill = 2.0 * shape.computed * self.work.prompt / (products * self.efficiency.prefill)
         return Speed(
             fixed=latency,
             weights=itemsize * (shape.computed + shape.head) / rate,
-            read=shape.kv_bytes(itemsize) * context / rate,
+            read=shape.kv_bytes(itemsize) * context / cache + reduced / link,
             compute=2.0 * (shape.computed + shape.head) / (products * self.efficiency.multiply),
             prefill=prefill / self.work.group / self.work.lengths.mean,
         )

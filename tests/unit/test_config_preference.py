@@ -48,6 +48,18 @@ def mistakes(tree: Tree, *overrides: str) -> list[str]:
     return []
 
 
+def test_a_rule_that_reads_what_is_wrong_waits(tree: Tree) -> None:
+    """Others are tried; nothing is said of a part as if it were right."""
+    wrong = ["preference.algorithm=simpo", "preference.reference.path=3", "seed=x"]
+    assert mistakes(tree, *wrong, "preference.label_smoothing=0.1") == [
+        "preference.reference.path=3: must be text, not a number",
+        "seed=x: must be a whole number at least 0, not text",
+    ]
+    assert "preferences: not in pipeline" in mistakes(
+        tree, "preferences.dataset.path=3", "pipeline=[preference]"
+    )
+
+
 def test_turns_have_names_of_their_own() -> None:
     assert turn_names(["sft", "preferences", "preference", "preferences", "preference", "preferences"]) == (
         "sft",

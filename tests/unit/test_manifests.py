@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import pytest
 import yaml
 
 from launch.cli import main, parse
-from launch.manifests.nodes import Nodes, size
-from rlhf_ray.config.loading import load_config
+from launch.manifests.nodes import Nodes, gpus_wanted, size
+from rlhf_ray.config.loading import load_config, with_overrides
 from rlhf_ray.errors import UserError
 from tests.kuberay_schema import BY_KIND
 
@@ -55,6 +56,30 @@ def test_roles_that_a_run_does_not_have_take_nothing() -> None:
     without = ["online.algorithm=grpo", "online.num_generations=2", "training.lora.rank=4"]
     assert sized(*EIGHT, *without).gpus == 3
     assert sized(*EIGHT, *without, "online.reference.path=some/model").gpus == 4
+
+
+RECIPES = sorted(Path(str(files("configs"))).glob("*gpu.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_asks_for_the_gpus_of_its_name(recipe: Path) -> None:
+    (named,) = re.findall(r"-(\d+)gpu", recipe.stem)
+    config = load_config(recipe)
+    assert gpus_wanted(config) == int(named)
+    # A part of a shared device is not another device.
+    roles = [name for name in type(config.placement).model_fields if name != "mode"]
+    assert gpus_wanted(with_overrides(config, [f"placement.{role}.gpus=0.2" for role in roles])) == int(named)
+
+
+def test_roles_that_share_devices_take_those_of_the_largest() -> None:
+    shared = ["training.zero_stage=2", "placement.policy.count=8", "placement.engine.count=3"]
+    wide = "engine.tensor_parallel_size=4"
+    assert sized("placement.mode=colocated", *shared).gpus == 8
+    assert sized("placement.mode=colocated", *shared, wide) == Nodes(2, 8, 64, 512)
+    assert sized("placement.mode=disaggregated", *shared, wide, gpus_per_node=4) == Nodes(5, 4, 32, 256)
+    assert sized("placement.mode=colocated", *shared, nodes=3, gpus_per_node=0) == Nodes(3, 0, 8, 64)
+    with pytest.raises(UserError, match=r"asks for 8 GPUs, and 1 x 4 are 4"):
+        sized("placement.mode=colocated", *shared, nodes=1, gpus_per_node=4)
 
 
 def test_what_the_configuration_does_not_say_must_be_said() -> None:
