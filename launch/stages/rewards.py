@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from rlhf_ray.config.schema import (
     OnlineSection,
     Reward,
 )
+from rlhf_ray.engines.deepspeed_engine import World
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.loading import load_tokenizer, reads_alike
 
@@ -132,10 +134,14 @@ def _token(variable: str) -> SecretStr:
 
 def demand_rewards(context: StageContext, policy: ModelSection, rewards: RewardModels) -> list[RoleDemand]:
     placement = context.config.placement
-    memory = context.main_memory(
-        frozen_memory(model_size(policy), context.config.training, len(rewards.models), scores=True)
+    memory = frozen_memory(
+        model_size(policy),
+        context.config.training,
+        len(rewards.models),
+        num_ranks=placement.reward.count,
+        scores=True,
     )
-    demands = [RoleDemand("reward", placement.reward, memory)]
+    demands = [RoleDemand("reward", placement.reward, context.main_memory(memory))]
     if rewards.judge is not None:
         engine = context.config.engine
         memory = context.main_memory(engine_memory(model_size(rewards.judge), engine))
@@ -146,25 +152,29 @@ def demand_rewards(context: StageContext, policy: ModelSection, rewards: RewardM
 def build_scorer(
     context: StageContext, placement: Placement, policy: ModelSection, rewards: RewardModels
 ) -> RemoteScorer:
-    """Begin to build the workers; see `Placement.wait_until_built`."""
+    """Begin to build the workers, reward models in parts if they have several ranks; see
+    `Placement.wait_until_built`."""
     online = context.config.online
     assert online is not None
     judge = None
     if rewards.judge is not None:
-        judge = _build(
+        judge = placement.start("judge")
+        _build(
             context,
             placement,
-            "judge",
+            judge,
             sections=rewards.judges,
             policy=policy,
             model=rewards.judge,
             engine=context.config.engine,
             sleeps=placement.shares_devices("judge"),
         )
-    reward = _build(
+    reward = placement.start("reward")
+    _build(
         context,
         placement,
-        "reward",
+        reward,
+        context.worlds(placement, reward) if len(reward) > 1 else (),
         policy=policy,
         sources=rewards.sources,
         training=context.config.training,
@@ -175,14 +185,20 @@ def build_scorer(
     return RemoteScorer(reward, judge)
 
 
-def _build(context: StageContext, placement: Placement, role: str, **options: object) -> ActorGroup:
-    group = placement.start(role)
-    arguments = {**options, "threads": placement.shares[role].threads}
-    worker = {"reward": "RewardWorker", "judge": "JudgeWorker"}[role]
+def _build(
+    context: StageContext,
+    placement: Placement,
+    group: ActorGroup,
+    worlds: Sequence[World] = (),
+    **options: object,
+) -> None:
+    """Args: worlds: of ranks that compute together."""
+    worker = {"reward": "RewardWorker", "judge": "JudgeWorker"}[group.name]
+    arguments = {**options, "threads": placement.shares[group.name].threads}
     group.build(
         f"rlhf_ray.workers.rewards:{worker}",
-        [arguments],
+        [{**arguments, "world": world} for world in worlds] or [arguments],
         context.config.cluster.start_timeout,
-        is_pure=True,
+        # Ranks that hold models in parts have a process group, which a new one could not join.
+        is_pure=len(group) == 1,
     )
-    return group

@@ -140,6 +140,8 @@ def _candidates(plan: Plan) -> Iterator[Change]:
         yield (f"engine.cpu_kv_cache_gib={engine.cpu_kv_cache_gib / 2:g}",)
     if plan.cast.reference is not None and training.zero_stage == 3 and placement.reference.count == 1:
         yield (f"placement.reference.count={placement.policy.count}",)
+    if plan.cast.rewards and training.zero_stage == 3 and placement.reward.count == 1:
+        yield (f"placement.reward.count={placement.policy.count}",)
     if plan.cast.reference is not None and plan.online is not None and plan.online.recipe.kl_coef == 0:
         yield ("online.track_kl=false",)
     if plan.machine.device.is_gpu and training.offload_optimizer == "none":
@@ -158,10 +160,12 @@ def _on_gpus(plan: Plan) -> Iterator[Change]:
         trained = [f"placement.{role}.count={num}" for role in ("policy", "critic") if role in roles]
         if "reference" in roles:
             trained.append(f"placement.reference.count={num}")
+        if "reward" in roles:
+            trained.append(f"placement.reward.count={num}")
         engines = max(1, num // engine.tensor_parallel_size)
         zero = ["training.zero_stage=1"] if plan.config.training.zero_stage == 0 else []
         yield ("placement.mode=colocated", *zero, *trained, f"placement.engine.count={engines}")
-    for role in ("policy", "critic", "reference"):
+    for role in ("policy", "critic", "reference", "reward"):
         section = getattr(placement, role)
         if role in roles and section.count < num and placement.mode == "colocated":
             yield (f"placement.{role}.count={num}",)

@@ -268,7 +268,8 @@ def _memory(role: str, config: RunConfig, cast: Cast, device: Device) -> RoleMem
             "reference", [cast.reference], training, ranks=ranks, longest=longest, device=device
         )
     if role == "reward":
-        return mem.frozen("reward", cast.rewards, training, longest=longest, device=device)
+        ranks = placement.reward.count
+        return mem.frozen("reward", cast.rewards, training, ranks=ranks, longest=longest, device=device)
     shape = cast.judge if role == "judge" else cast.policy
     assert shape is not None
     return mem.engine(role, shape, config.engine, longest=longest, device=device)

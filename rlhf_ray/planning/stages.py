@@ -46,8 +46,10 @@ def time_stages(
     engines = placement.engine.count
     found = [_generation(config, cast, clock, engines, slots)]
     if cast.rewards:
-        seconds = sum(clock.forward(shape, 1, with_head=False) for shape in cast.rewards)
-        found.append(StageTime("reward", "reward", seconds, seconds, "operations of a pass, on one device"))
+        ranks, spans = placement.reward.count, layout.spans_nodes("reward")
+        computing = sum(clock.forward(shape, ranks, with_head=False) for shape in cast.rewards)
+        gathers = sum(clock.gathers_to_look(shape, training, ranks, spans=spans) for shape in cast.rewards)
+        found.append(StageTime("reward", "reward", computing + gathers, computing, "operations of a pass"))
     if cast.judge is not None:
         seconds = clock.forward(cast.judge, engine.tensor_parallel_size)
         found.append(StageTime("reward", "judge", seconds, seconds, "reading prompts"))

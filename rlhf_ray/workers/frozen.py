@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import numpy as np
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from rlhf_ray.config.schema import ModelSection, TrainingSection
 from rlhf_ray.engines.deepspeed_engine import World, gather_objects, init_world, leave_world
-from rlhf_ray.engines.partitioned import FrozenParts
-from rlhf_ray.models.batching import TokenBatch, before_responses
-from rlhf_ray.models.heads import PolicyModel
+from rlhf_ray.engines.partitioned import FrozenParts, whole
+from rlhf_ray.models.batching import TokenBatch, before_responses, last_positions
+from rlhf_ray.models.heads import PolicyModel, ScalarModel
 from rlhf_ray.models.inference import forward_rows, in_row_order, row_totals
-from rlhf_ray.models.loading import load_policy_model
+from rlhf_ray.models.loading import load_policy_model, load_scalar_model
 from rlhf_ray.models.planning import plan_micro_batches
 from rlhf_ray.models.sharing import check_sharing
 from rlhf_ray.types import Ragged, Rollouts, TwoAnswers
@@ -88,6 +88,27 @@ class FrozenModel:
     def _place(self) -> tuple[int, int]:
         """Rank and number of ranks."""
         return (0, 1) if self.world is None else (self.world.rank, self.world.size)
+
+
+class FrozenScores(FrozenModel):
+    """A reward model. Args: as of `FrozenModel`."""
+
+    def __init__(
+        self,
+        model: ModelSection,
+        training: TrainingSection,
+        device: torch.device,
+        world: World | None = None,
+    ) -> None:
+        def build() -> ScalarModel:
+            written = nullcontext if world is None else whole
+            return ScalarModel(load_scalar_model(model, seed=0, attention=training.attention, whole=written))
+
+        super().__init__(build, training, device, world)
+
+    def scores(self, sequences: Ragged) -> NDArray[np.float32]:
+        """[B] of each row's last token."""
+        return self.forward_all(sequences, last_positions(sequences)).values.astype(np.float32)
 
 
 class ReferenceWorker:

@@ -97,6 +97,7 @@ def test_what_fits_together_is_taken() -> None:
         "placement.policy={count: 16, strategy: PACK, labels: {pool: train}}",
         "placement.critic.count=16",
         "placement.reference.count=8",
+        "placement.reward.count=8",
         "placement.engine={count: 4, labels: {pool: generate}, strategy: SPREAD}",
         "training.zero_stage=3",
         "training.offload_optimizer=nvme",
@@ -145,6 +146,11 @@ def test_what_fits_together_is_taken() -> None:
                 "training.nvme_path=/no/such/disk",
             ],
             "training.nvme_path=/no/such/disk: no such folder here; make it on every node",
+        ),
+        (
+            ["placement.reward.count=2"],
+            "placement.reward.count=2: none of online.rewards is of type model or ensemble, and only models "
+            "are held in parts; use 1",
         ),
     ],
 )

@@ -214,14 +214,14 @@ class PlacementSection(Section):
             is above 0; all other roles share devices, in turn as above.
     Where roles share devices, `strategy` and `labels` are written once for all of them.
 
-    reference: with a count above 1 its ranks hold a part of the weights each (ZeRO 3).
+    reference, reward: with a count above 1 its ranks hold a part of the weights each (ZeRO 3).
     """
 
     mode: Literal["auto", "colocated", "disaggregated"] = "auto"
     policy: RoleSection = RoleSection()
     critic: RoleSection = RoleSection()
     reference: RoleSection = RoleSection()
-    reward: SingleRoleSection = SingleRoleSection()
+    reward: RoleSection = RoleSection()
     judge: SingleRoleSection = SingleRoleSection()
     engine: RoleSection = RoleSection()
     feedback: RoleSection = RoleSection()
