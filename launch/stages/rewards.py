@@ -26,6 +26,7 @@ from rlhf_ray.config.schema import (
 from rlhf_ray.engines.deepspeed_engine import World
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.loading import load_tokenizer, reads_alike
+from rlhf_ray.workers.served import RewardEngine
 
 
 @dataclass(frozen=True)
@@ -134,16 +135,14 @@ def _token(variable: str) -> SecretStr:
 
 def demand_rewards(context: StageContext, policy: ModelSection, rewards: RewardModels) -> list[RoleDemand]:
     placement = context.config.placement
-    memory = frozen_memory(
-        model_size(policy),
-        context.config.training,
-        len(rewards.models),
-        num_ranks=placement.reward.count,
-        scores=True,
-    )
-    demands = [RoleDemand("reward", placement.reward, context.main_memory(memory))]
+    engine, shape, is_served = context.config.engine, model_size(policy), placement.reward.backend == "vllm"
+    memory = engine_memory(shape, engine)
+    if not is_served:
+        ranks, num_models = placement.reward.count, len(rewards.models)
+        memory = frozen_memory(shape, context.config.training, num_models, num_ranks=ranks, scores=True)
+    width = engine.tensor_parallel_size if is_served else 1
+    demands = [RoleDemand("reward", placement.reward, context.main_memory(memory), width)]
     if rewards.judge is not None:
-        engine = context.config.engine
         memory = context.main_memory(engine_memory(model_size(rewards.judge), engine))
         demands.append(RoleDemand("judge", placement.judge, memory, engine.tensor_parallel_size))
     return demands
@@ -181,8 +180,16 @@ def build_scorer(
         device=context.device(placement, "reward"),
         tokens=rewards.tokens,
         has_environment=online.environment is not None,
+        engine=_engine(context, placement, online),
     )
     return RemoteScorer(reward, judge)
+
+
+def _engine(context: StageContext, placement: Placement, online: OnlineSection) -> RewardEngine | None:
+    if context.config.placement.reward.backend != "vllm":
+        return None
+    longest = online.max_prompt_length + online.max_response_length
+    return RewardEngine(context.config.engine, longest, placement.shares_devices("reward"))
 
 
 def _build(

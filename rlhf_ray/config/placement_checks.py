@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 from rlhf_ray.config.document import KeyPath
+from rlhf_ray.config.frozen_checks import frozen_mistakes
 from rlhf_ray.config.parts import Parts
 from rlhf_ray.config.schema import (
     ConstitutionSection,
@@ -27,7 +28,7 @@ def placement_mistakes(parts: Parts) -> Iterator[Finding]:
         yield from _ranks(parts, placement, training)
         yield from _turns(parts, placement, training)
     if placement:
-        yield from _frozen(parts, placement)
+        yield from frozen_mistakes(parts, placement)
     yield from _engine(parts)
     if training and training.nvme_path is not None and not os.path.isdir(training.nvme_path):
         yield ("training", "nvme_path"), "no such folder here; make it on every node"
@@ -71,16 +72,6 @@ def _ranks(parts: Parts, placement: PlacementSection, training: TrainingSection)
                     f"more {ranks} than a mini-batch has samples (prompts_per_step * num_generations / "
                     f"num_mini_batches = {size}); lower it, or raise online.prompts_per_step",
                 )
-
-
-def _frozen(parts: Parts, placement: PlacementSection) -> Iterator[Finding]:
-    """Only models can be held in parts."""
-    online = parts.get(OnlineSection, "online")
-    if online and placement.reward.count > 1 and not online.uses_reward_model:
-        yield (
-            ("placement", "reward", "count"),
-            "none of online.rewards is of type model or ensemble, and only models are held in parts; use 1",
-        )
 
 
 def _turns(parts: Parts, placement: PlacementSection, training: TrainingSection) -> Iterator[Finding]:

@@ -18,7 +18,10 @@ from rlhf_ray.types import Ragged
 
 
 class TokenScorer(Protocol):
-    """A reward model, wherever it runs."""
+    """A reward model, wherever it runs. max_length: tokens of a row that it takes; None for any."""
+
+    @property
+    def max_length(self) -> int | None: ...
 
     def scores(self, sequences: Ragged) -> NDArray[np.float32]:
         """[B] of each row's last token."""
@@ -56,6 +59,13 @@ class ModelSource:
 
     def _scores(self, samples: Samples) -> NDArray[np.float32]:
         sequences = self._sampled(samples) if self.reads_sampled_ids else self._rendered(samples)
+        limit = self.model.max_length
+        if limit is not None and (sequences.lengths > limit).any():
+            row = int(np.argmax(sequences.lengths))
+            raise RewardError(
+                f"reward '{self.name}': {_sample(samples, row)} has {sequences.lengths[row]} tokens with its "
+                f"prompt, and {limit} fit into the engine; use placement.reward.backend: torch"
+            )
         scores = self.model.scores(sequences)
         if not np.isfinite(scores).all():
             row = int(np.flatnonzero(~np.isfinite(scores))[0])

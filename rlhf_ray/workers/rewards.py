@@ -32,12 +32,13 @@ from rlhf_ray.rewards.child import ChildFunction
 from rlhf_ray.rewards.failures import GuardedSource, Outcome, all_of
 from rlhf_ray.rewards.functions import RewardFunction
 from rlhf_ray.rewards.judge import JudgeSource
-from rlhf_ray.rewards.models import EnsembleSource, ModelSource
+from rlhf_ray.rewards.models import EnsembleSource, ModelSource, TokenScorer
 from rlhf_ray.rewards.remote import HttpSource
 from rlhf_ray.rewards.source import RewardSource, Samples, Values
 from rlhf_ray.rewards.verifiers import LengthSource, text_verifier
 from rlhf_ray.types import Metrics, Rollouts, Scores
 from rlhf_ray.workers.frozen import FrozenScores
+from rlhf_ray.workers.served import RewardEngine
 
 Judged = Mapping[str, Outcome]
 """Name of a judge -> what it said."""
@@ -72,6 +73,7 @@ class RewardWorker(_Sources):
         has_environment: whether the rollouts bring the rewards of an environment, which count with weight 1.
         world: of ranks that hold a part of each reward model; None where this process has all of them. What
             has no model is the first rank's affair, whose scores count.
+        engine: that serves the reward model, of which there is one then.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class RewardWorker(_Sources):
         tokens: Mapping[str, SecretStr],
         has_environment: bool = False,
         world: World | None = None,
+        engine: RewardEngine | None = None,
     ) -> None:
         super().__init__(policy)
         self.has_environment = has_environment
@@ -94,11 +97,14 @@ class RewardWorker(_Sources):
         self.sections = [section for section, _ in sources]
         self.models: list[ModelSource] = []
         turn = asyncio.Lock()
+
+        def scorer(model: ModelSection) -> TokenScorer:
+            if engine is not None:
+                return engine.start(model, policy, threads)
+            return FrozenScores(model, training, device, world)
+
         for section, models in sources:
-            members = [
-                ModelSource(section.name, m, policy, FrozenScores(m, training, device, world), turn)
-                for m in models
-            ]
+            members = [ModelSource(section.name, m, policy, scorer(m), turn) for m in models]
             self.models += members
             if not isinstance(section, JudgeReward):
                 source = _source(section, members, tokens.get(section.name))
