@@ -12,7 +12,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.types import Ragged, ReferencedPairs, Rollouts
 from rlhf_ray.workers.frozen import ReferenceWorker
 from rlhf_ray.workers.served import ServedReference
-from tests.engine_process import EngineProcess
+from tests.engine_process import EngineProcess, rest_and_wake
 from tests.local_roles import CPU
 from tests.ranks import EXACT
 from tests.samples import random_rollouts
@@ -62,6 +62,9 @@ def test_a_served_reference_agrees_with_the_trainers(
         assert found.lengths.tolist() == rollouts().responses.lengths.tolist()
         assert expected.values.std() > 0.5
         np.testing.assert_allclose(found.values, expected.values, atol=atol)
+        rest_and_wake(process)
+        again = process.call("logprobs", rollouts(), 1.0).result()
+        np.testing.assert_allclose(again.values, expected.values, atol=atol)
         if dtype == "bfloat16":
             return
         answered, theirs = process.call("answer", pairs()).result(), reference.answer(pairs())

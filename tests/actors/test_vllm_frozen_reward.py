@@ -21,7 +21,7 @@ from rlhf_ray.types import Rollouts
 from rlhf_ray.workers.rewards import RewardWorker
 from rlhf_ray.workers.scalar import RewardTrainerWorker
 from rlhf_ray.workers.served import RewardEngine
-from tests.engine_process import EngineProcess
+from tests.engine_process import EngineProcess, rest_and_wake
 from tests.local_roles import CPU
 from tests.ranks import EXACT, worker_spec
 from tests.samples import random_rollouts
@@ -81,6 +81,9 @@ def test_served_scores_are_those_of_the_reward_actor(
         found = process.call("score", rollouts()).result()
         np.testing.assert_allclose(found.total, expected.total, atol=share * expected.total.std())
         assert found.is_valid.all()
+        rest_and_wake(process)
+        again = process.call("score", rollouts()).result()
+        np.testing.assert_allclose(again.total, found.total, atol=share * expected.total.std())
     finally:
         process.stop()
 
