@@ -120,6 +120,7 @@ class ActorGroup:
         self._lost_machine = lost_machine
         self._is_pure = False
         self._health = [Health()] * len(self.handles)
+        self._next = -1
         self._builds: tuple[Task, ...] = ()
         self._build_timeout = timeout
 
@@ -191,6 +192,11 @@ class ActorGroup:
     def call_rank(self, rank: int, method: str, *args: object, kind: str | None = None) -> Remote[object]:
         """Call a method on one actor alone."""
         return self._remote(self._begin([Task(self, rank, "call", 2, method, args, kind)]))
+
+    def call_next(self, method: str, *args: object, kind: str | None = None) -> Remote[object]:
+        """Call a method on one actor alone, another each time."""
+        self._next = (self._next + 1) % len(self)
+        return self.call_rank(self._next, method, *args, kind=kind)
 
     def _called(
         self, method: str, args_by_rank: Sequence[Sequence[object]], kind: str | None

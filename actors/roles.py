@@ -150,11 +150,13 @@ class RemoteScorer:
 
 
 class RemoteReference:
-    def __init__(self, group: ActorGroup) -> None:
-        self.group = group
+    """Args: is_served: whether the actors are engines, each with all of the model."""
+
+    def __init__(self, group: ActorGroup, *, is_served: bool = False) -> None:
+        self.call = group.call_next if is_served else group.call
 
     def logprobs(self, rollouts: Pending[Rollouts], temperature: float) -> Pending[Ragged]:
-        return cast(Pending[Ragged], self.group.call("logprobs", rollouts, temperature, kind="reference"))
+        return cast(Pending[Ragged], self.call("logprobs", rollouts, temperature, kind="reference"))
 
 
 class RemoteAdapterReference:
@@ -169,11 +171,13 @@ class RemoteAdapterReference:
 
 
 class RemotePreferenceReference:
-    def __init__(self, group: ActorGroup) -> None:
-        self.group = group
+    """Args: as of `RemoteReference`."""
+
+    def __init__(self, group: ActorGroup, *, is_served: bool = False) -> None:
+        self.call = group.call_next if is_served else group.call
 
     def answer(self, batch: Pending[Referenced]) -> Pending[Referenced]:
-        return cast(Pending[Referenced], self.group.call("answer", batch, kind="reference"))
+        return cast(Pending[Referenced], self.call("answer", batch, kind="reference"))
 
 
 class RemoteTrained:

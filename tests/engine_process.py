@@ -69,6 +69,12 @@ class EngineProcess:
         self._connection.close()
 
 
+def rest_and_wake(engine: EngineProcess) -> None:
+    """As a role does that shares its devices: awake from the start, it is woken before every turn."""
+    for method in ("wake", "rest", "wake", "wake"):
+        engine.call(method).result()
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from launch.stages.context import StageContext
 from launch.stages.generation import load_prompts
 from launch.stages.online_roles import OnlineBuilder, OnlineModels, demands
+from launch.stages.reference import is_served
 from launch.stages.rewards import find_rewards
 from rlhf_ray.config.schema import OnlineSection
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.data.split import split_key, split_rows
-from rlhf_ray.loops.online import OnlineLoop
+from rlhf_ray.loops.online import FIRST_KL_LIMIT, OnlineLoop
 from rlhf_ray.reporting.evaluation import summarise
 from rlhf_ray.reporting.summary import save_closing
 from rlhf_ray.types import Metrics, Prompts
@@ -41,6 +42,7 @@ def run_online(context: StageContext) -> Metrics:
             held_out=held_out,
             run=run,
             starts_at_reference=reference == policy,
+            first_kl_limit=context.config.sync.tolerance if is_served(context) else FIRST_KL_LIMIT,
         )
         before, after = loop.train()
         roles.policy.save_model(context.folder.model.resolve()).result()

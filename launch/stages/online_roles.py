@@ -22,7 +22,7 @@ from actors.transfer import Transfer
 from launch.placement import Placement, RoleDemand
 from launch.stages.context import StageContext
 from launch.stages.generation import build_engines, demand_engine, streams
-from launch.stages.reference import demand_reference, start_reference
+from launch.stages.reference import demand_reference, is_served, start_reference
 from launch.stages.rewards import RewardModels, build_scorer, demand_rewards
 from rlhf_ray.config.schema import ModelSection, OnlineSection, OptimizerSection
 from rlhf_ray.loops.online import OnlineRoles
@@ -101,7 +101,13 @@ class OnlineBuilder:
     def _reference(self, policy: ActorGroup) -> Reference:
         if adapters_hold_reference(self.context, self.models):
             return RemoteAdapterReference(policy)
-        return RemoteReference(start_reference(self.context, self.placement, self.models.reference))
+        group = start_reference(self.context, self.placement, self.models.reference, self._longest)
+        return RemoteReference(group, is_served=is_served(self.context))
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of a prompt and its answer."""
+        return self.section.max_prompt_length + self.section.max_response_length
 
     def _policy_and_engines(self) -> tuple[ActorGroup, Backend, ActorGroup]:
         config = self.context.config
@@ -111,13 +117,12 @@ class OnlineBuilder:
         backend: Backend = "gloo"  # transformers receives over gloo, whatever device it is on
         if config.engine.backend == "vllm":
             backend = choose_backend(self.placement.devices(policy), self.placement.devices(engines))
-        max_model_len = self.section.max_prompt_length + self.section.max_response_length
         build_engines(
             self.context,
             self.placement,
             engines,
             self.models.policy,
-            max_model_len,
+            self._longest,
             weight_backend=backend,
             online=self.section,
         )

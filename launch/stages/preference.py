@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from actors.roles import RemotePreferenceReference, RemotePreferenceTrainer
+from launch.placement import Placement
 from launch.stages.context import StageContext
 from launch.stages.pairs import pairs_dataset, split
-from launch.stages.reference import demand_reference, start_reference
+from launch.stages.reference import demand_reference, is_served, start_reference
 from rlhf_ray.algorithms.preference_optimisation import PREFERENCE_ALGORITHMS, UnpairedAlgorithm
 from rlhf_ray.config.preference_checks import soft_label_mistake, soft_rows
 from rlhf_ray.config.schema import ModelSection, PreferenceSection
@@ -61,7 +62,7 @@ def run_preference(context: StageContext) -> Metrics:
     if PREFERENCE_ALGORITHMS[section.algorithm].needs_reference:
         reference = context.model("reference", section.reference, default=section.model)
         if section.cache_reference:
-            data, reference = _answered_before(context, reference, data), None
+            data, reference = _answered_before(context, section, reference, data), None
     steps = total_steps(len(data.train), section.batch_size, section.num_epochs, section.max_steps)
     demands = [context.demand_trained("policy", model)]
     if reference is not None:
@@ -79,7 +80,7 @@ def run_preference(context: StageContext) -> Metrics:
         )
         frozen = None
         if reference is not None:
-            frozen = RemotePreferenceReference(start_reference(context, placement, reference))
+            frozen = _started(context, placement, reference, section)
         placement.wait_until_built()
         trainer = RemotePreferenceTrainer(group)
         _loop(section, data, steps, trainer, frozen, run)()
@@ -129,18 +130,28 @@ def _loop(
 # The reference
 
 
-def _answered_before(context: StageContext, model: ModelSection, data: PreferenceData) -> PreferenceData:
+def _started(
+    context: StageContext, placement: Placement, model: ModelSection, section: PreferenceSection
+) -> RemotePreferenceReference:
+    group = start_reference(context, placement, model, section.max_length)
+    return RemotePreferenceReference(group, is_served=is_served(context))
+
+
+def _answered_before(
+    context: StageContext, section: PreferenceSection, model: ModelSection, data: PreferenceData
+) -> PreferenceData:
     """With the reference's log-probs of all answers, from the stage's folder or, once, from an actor that has
     ended before training begins."""
-    training = context.config.training
-    identity = f"{_identity(model)}\n{training.precision}"
+    config = context.config
+    computes = f"vllm {config.engine.dtype}" if is_served(context) else config.training.precision
+    identity = f"{_identity(model)}\n{computes}"
     cache = ReferenceCache(context.folder.path / "reference", identity)
     train, held_out = cache.read(data.train), cache.read(data.held_out)
     if train is None or held_out is None:
         count = len(data.train) + len(data.held_out)
         context.progress.message(f"{context.name}: the reference reads {count} rows before the first step")
         with context.placement([demand_reference(context, model)]) as placement:
-            reference = RemotePreferenceReference(start_reference(context, placement, model))
+            reference = _started(context, placement, model, section)
             placement.wait_until_built()
             train, held_out = (cache.fill(rows, reference) for rows in (data.train, data.held_out))
     return PreferenceData(train, held_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from rlhf_ray.config.schema import (
     OnlineSection,
     Reward,
 )
+from rlhf_ray.engines.deepspeed_engine import World
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.loading import load_tokenizer, reads_alike
+from rlhf_ray.workers.served import RewardEngine
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,14 @@ def _token(variable: str) -> SecretStr:
 
 def demand_rewards(context: StageContext, policy: ModelSection, rewards: RewardModels) -> list[RoleDemand]:
     placement = context.config.placement
-    memory = context.main_memory(
-        frozen_memory(model_size(policy), context.config.training, len(rewards.models), scores=True)
-    )
-    demands = [RoleDemand("reward", placement.reward, memory)]
+    engine, shape, is_served = context.config.engine, model_size(policy), placement.reward.backend == "vllm"
+    memory = engine_memory(shape, engine)
+    if not is_served:
+        ranks, num_models = placement.reward.count, len(rewards.models)
+        memory = frozen_memory(shape, context.config.training, num_models, num_ranks=ranks, scores=True)
+    width = engine.tensor_parallel_size if is_served else 1
+    demands = [RoleDemand("reward", placement.reward, context.main_memory(memory), width)]
     if rewards.judge is not None:
-        engine = context.config.engine
         memory = context.main_memory(engine_memory(model_size(rewards.judge), engine))
         demands.append(RoleDemand("judge", placement.judge, memory, engine.tensor_parallel_size))
     return demands
@@ -146,43 +151,61 @@ def demand_rewards(context: StageContext, policy: ModelSection, rewards: RewardM
 def build_scorer(
     context: StageContext, placement: Placement, policy: ModelSection, rewards: RewardModels
 ) -> RemoteScorer:
-    """Begin to build the workers; see `Placement.wait_until_built`."""
+    """Begin to build the workers, reward models in parts if they have several ranks; see
+    `Placement.wait_until_built`."""
     online = context.config.online
     assert online is not None
     judge = None
     if rewards.judge is not None:
-        judge = _build(
+        judge = placement.start("judge")
+        _build(
             context,
             placement,
-            "judge",
+            judge,
             sections=rewards.judges,
             policy=policy,
             model=rewards.judge,
             engine=context.config.engine,
             sleeps=placement.shares_devices("judge"),
         )
-    reward = _build(
+    reward = placement.start("reward")
+    _build(
         context,
         placement,
-        "reward",
+        reward,
+        context.worlds(placement, reward) if len(reward) > 1 else (),
         policy=policy,
         sources=rewards.sources,
         training=context.config.training,
         device=context.device(placement, "reward"),
         tokens=rewards.tokens,
         has_environment=online.environment is not None,
+        engine=_engine(context, placement, online),
     )
     return RemoteScorer(reward, judge)
 
 
-def _build(context: StageContext, placement: Placement, role: str, **options: object) -> ActorGroup:
-    group = placement.start(role)
-    arguments = {**options, "threads": placement.shares[role].threads}
-    worker = {"reward": "RewardWorker", "judge": "JudgeWorker"}[role]
+def _engine(context: StageContext, placement: Placement, online: OnlineSection) -> RewardEngine | None:
+    if context.config.placement.reward.backend != "vllm":
+        return None
+    longest = online.max_prompt_length + online.max_response_length
+    return RewardEngine(context.config.engine, longest, placement.shares_devices("reward"))
+
+
+def _build(
+    context: StageContext,
+    placement: Placement,
+    group: ActorGroup,
+    worlds: Sequence[World] = (),
+    **options: object,
+) -> None:
+    """Args: worlds: of ranks that compute together."""
+    worker = {"reward": "RewardWorker", "judge": "JudgeWorker"}[group.name]
+    arguments = {**options, "threads": placement.shares[group.name].threads}
     group.build(
         f"rlhf_ray.workers.rewards:{worker}",
-        [arguments],
+        [{**arguments, "world": world} for world in worlds] or [arguments],
         context.config.cluster.start_timeout,
-        is_pure=True,
+        # Ranks that hold models in parts have a process group, which a new one could not join.
+        is_pure=len(group) == 1,
     )
-    return group

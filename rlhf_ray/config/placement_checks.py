@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 from rlhf_ray.config.document import KeyPath
+from rlhf_ray.config.frozen_checks import frozen_mistakes
 from rlhf_ray.config.parts import Parts
 from rlhf_ray.config.schema import (
     ConstitutionSection,
@@ -26,6 +27,8 @@ def placement_mistakes(parts: Parts) -> Iterator[Finding]:
         yield from _sequence_parallel(parts, placement, training)
         yield from _ranks(parts, placement, training)
         yield from _turns(parts, placement, training)
+    if placement:
+        yield from frozen_mistakes(parts, placement)
     yield from _engine(parts)
     if training and training.nvme_path is not None and not os.path.isdir(training.nvme_path):
         yield ("training", "nvme_path"), "no such folder here; make it on every node"

@@ -220,7 +220,19 @@ def _build(
 def engine_arguments(
     model_folder: str, section: EngineSection, max_model_len: int, seed: int, weight_backend: str
 ) -> dict[str, Any]:
-    """What `vllm.LLM` is built with on this machine."""
+    """What `vllm.LLM` is built with on this machine, to generate."""
+    return {
+        **shared_arguments(model_folder, section, max_model_len, seed),
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+        "weight_transfer_config": {"backend": weight_backend},
+    }
+
+
+def shared_arguments(
+    model_folder: str, section: EngineSection, max_model_len: int, seed: int
+) -> dict[str, Any]:
+    """Those of every engine, whatever it is for."""
     device_options: dict[str, Any] = {"gpu_memory_utilization": section.gpu_memory_utilization}
     if spans_bundles():
         device_options["distributed_executor_backend"] = "ray"
@@ -237,15 +249,12 @@ def engine_arguments(
     return {
         "model": model_folder,
         "skip_tokenizer_init": True,
-        "generation_config": "vllm",
         "load_format": "safetensors",  # never a pickle
         "dtype": section.dtype,
         "tensor_parallel_size": section.tensor_parallel_size,
         "max_model_len": max_model_len,
         "max_num_seqs": section.max_num_seqs,
         "enforce_eager": not on_gpu(),
-        "logprobs_mode": "processed_logprobs",
-        "weight_transfer_config": {"backend": weight_backend},
         "seed": seed,
         "disable_log_stats": True,
         **device_options,

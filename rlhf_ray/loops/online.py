@@ -58,6 +58,7 @@ class OnlineLoop:
     Fields:
         prompts: to train on. held_out: judged at the start, at the end, and every `eval_every` steps.
         starts_at_reference: policy and reference begin with the same weights.
+        first_kl_limit: nats a token by which they may differ then; an engine's numerics are its own.
     """
 
     section: OnlineSection
@@ -67,6 +68,7 @@ class OnlineLoop:
     held_out: Prompts
     run: StageRun
     starts_at_reference: bool
+    first_kl_limit: float = FIRST_KL_LIMIT
     sampler: Sampler = field(init=False, repr=False)
 
     def train(self) -> tuple[list[EvalRecord], list[EvalRecord]]:
@@ -119,7 +121,7 @@ class OnlineLoop:
         # The sampler's own log-probs differ from the reference's by the engine's numerics too.
         if step or not is_same_model or self.section.old_logprobs == "sampler":
             return
-        if abs(metrics["kl/per_token"]) > FIRST_KL_LIMIT:
+        if abs(metrics["kl/per_token"]) > self.first_kl_limit:
             raise RlhfRayError(
                 f"the KL to the reference is {metrics['kl/per_token']:.3g} nats a token before the first "
                 "update, where policy and reference are one model: their log-probs are not computed alike"

@@ -187,6 +187,21 @@ def load_policy_model(
     return _without_dropout(model)
 
 
+def has_scalar_head(section: ModelSection) -> bool:
+    """Whether it is a reward model already, and no language model.
+
+    Raises:
+        ModelError: it has several labels.
+    """
+    config = model_config(section)
+    has_head = any("SequenceClassification" in name for name in config.architectures or [])
+    if has_head and config.num_labels != 1:
+        raise ModelError(
+            f"model.path={section.path}: a classifier of {config.num_labels} labels; a reward model has one"
+        )
+    return has_head
+
+
 def load_scalar_model(
     section: ModelSection,
     seed: int,
@@ -204,12 +219,7 @@ def load_scalar_model(
     Args:
         whole: in its block a layer that is held in parts may be written to.
     """
-    config = model_config(section)
-    has_head = any("SequenceClassification" in name for name in config.architectures or [])
-    if has_head and config.num_labels != 1:
-        raise ModelError(
-            f"model.path={section.path}: a classifier of {config.num_labels} labels; a reward model has one"
-        )
+    has_head = has_scalar_head(section)
     model = _load(AutoModelForSequenceClassification, section, dtype, num_labels=1, **_attention(attention))
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:

@@ -79,7 +79,7 @@ def _everything(plan: Plan) -> Change:
     training = num - generating if lagging else num
     if mode == "auto":
         mode = "disaggregated" if lagging else "colocated"
-    counts = [role for role in ("policy", "critic", "reference") if role in plan.layout.roles]
+    counts = [role for role in ("policy", "critic") if role in plan.layout.roles] + _in_parts(plan)
     return (
         f"placement.mode={mode}",
         "training.zero_stage=3",
@@ -138,8 +138,9 @@ def _candidates(plan: Plan) -> Iterator[Change]:
         yield from _on_gpus(plan)
     elif engine.cpu_kv_cache_gib > 0.25:
         yield (f"engine.cpu_kv_cache_gib={engine.cpu_kv_cache_gib / 2:g}",)
-    if plan.cast.reference is not None and training.zero_stage == 3 and placement.reference.count == 1:
-        yield (f"placement.reference.count={placement.policy.count}",)
+    for role in _in_parts(plan):
+        if training.zero_stage == 3 and getattr(placement, role).count == 1:
+            yield (f"placement.{role}.count={placement.policy.count}",)
     if plan.cast.reference is not None and plan.online is not None and plan.online.recipe.kl_coef == 0:
         yield ("online.track_kl=false",)
     if plan.machine.device.is_gpu and training.offload_optimizer == "none":
@@ -150,18 +151,26 @@ def _candidates(plan: Plan) -> Iterator[Change]:
         yield ("training.lora.rank=16",)
 
 
+def _in_parts(plan: Plan) -> list[str]:
+    """Frozen models that more ranks would make smaller on each."""
+    placement = plan.config.placement
+    found = {"reference": plan.cast.reference is not None, "reward": bool(plan.cast.rewards)}
+    return [
+        role for role, is_there in found.items() if is_there and getattr(placement, role).backend == "torch"
+    ]
+
+
 def _on_gpus(plan: Plan) -> Iterator[Change]:
     """Other devices, more of them, or another share of them for the engine."""
     engine, placement, num = plan.config.engine, plan.config.placement, plan.machine.num_devices
     roles = plan.layout.roles
     if placement.mode == "auto" and len(roles) > 1:
-        trained = [f"placement.{role}.count={num}" for role in ("policy", "critic") if role in roles]
-        if "reference" in roles:
-            trained.append(f"placement.reference.count={num}")
+        spread = [*(role for role in ("policy", "critic") if role in roles), *_in_parts(plan)]
+        counts = [f"placement.{role}.count={num}" for role in spread]
         engines = max(1, num // engine.tensor_parallel_size)
         zero = ["training.zero_stage=1"] if plan.config.training.zero_stage == 0 else []
-        yield ("placement.mode=colocated", *zero, *trained, f"placement.engine.count={engines}")
-    for role in ("policy", "critic", "reference"):
+        yield ("placement.mode=colocated", *zero, *counts, f"placement.engine.count={engines}")
+    for role in ("policy", "critic", *_in_parts(plan)):
         section = getattr(placement, role)
         if role in roles and section.count < num and placement.mode == "colocated":
             yield (f"placement.{role}.count={num}",)

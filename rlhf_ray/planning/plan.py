@@ -263,12 +263,17 @@ def _memory(role: str, config: RunConfig, cast: Cast, device: Device) -> RoleMem
         )
     if role == "reference":
         assert cast.reference is not None
+        if placement.reference.backend == "vllm":
+            return mem.engine(role, cast.reference, config.engine, longest=longest, device=device)
         ranks = placement.reference.count
         return mem.frozen(
             "reference", [cast.reference], training, ranks=ranks, longest=longest, device=device
         )
     if role == "reward":
-        return mem.frozen("reward", cast.rewards, training, longest=longest, device=device)
+        if placement.reward.backend == "vllm":
+            return mem.engine(role, cast.rewards[0], config.engine, longest=longest, device=device)
+        ranks = placement.reward.count
+        return mem.frozen("reward", cast.rewards, training, ranks=ranks, longest=longest, device=device)
     shape = cast.judge if role == "judge" else cast.policy
     assert shape is not None
     return mem.engine(role, shape, config.engine, longest=longest, device=device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rlhf_ray.config.schema import (
     EnsembleReward,
+    FrozenRoleSection,
     JudgeReward,
     ModelReward,
     ModelSection,
@@ -54,14 +55,19 @@ class Cast:
         if self.critic is not None:
             found.append(_wanted("critic", placement.critic))
         if self.reference is not None:
-            found.append(_wanted("reference", placement.reference))
+            found.append(_wanted_frozen("reference", placement.reference, width))
         if self.rewards:
-            found.append(_wanted("reward", placement.reward))
+            found.append(_wanted_frozen("reward", placement.reward, width))
         if self.judge is not None:
             found.append(_wanted("judge", placement.judge, width))
         if self.engine:
             found.append(_wanted("engine", placement.engine, width, is_apart))
         return found
+
+
+def _wanted_frozen(role: str, section: FrozenRoleSection, width: int) -> Wanted:
+    """Args: width: devices of an engine."""
+    return _wanted(role, section, width if section.backend == "vllm" else 1)
 
 
 def _wanted(role: str, section: RoleSection, width: int = 1, is_apart: bool = False) -> Wanted:

@@ -46,17 +46,23 @@ def time_stages(
     engines = placement.engine.count
     found = [_generation(config, cast, clock, engines, slots)]
     if cast.rewards:
-        seconds = sum(clock.forward(shape, 1, with_head=False) for shape in cast.rewards)
-        found.append(StageTime("reward", "reward", seconds, seconds, "operations of a pass, on one device"))
+        ranks, spans = placement.reward.count, layout.spans_nodes("reward")
+        is_served = placement.reward.backend == "vllm"
+        devices = engine.tensor_parallel_size if is_served else ranks
+        computing = sum(clock.forward(shape, devices, with_head=False) for shape in cast.rewards)
+        gathers = sum(clock.gathers_to_look(shape, training, ranks, spans=spans) for shape in cast.rewards)
+        found.append(StageTime("reward", "reward", computing + gathers, computing, "operations of a pass"))
     if cast.judge is not None:
         seconds = clock.forward(cast.judge, engine.tensor_parallel_size)
         found.append(StageTime("reward", "judge", seconds, seconds, "reading prompts"))
     if cast.reference is not None or cast.reference_in_policy:
         role = "reference" if cast.reference is not None else "policy"
         ranks = placement.reference.count if cast.reference is not None else placement.policy.count
-        computing = clock.forward(cast.reference or cast.policy, ranks)
+        is_served = cast.reference is not None and placement.reference.backend == "vllm"
+        width = engine.tensor_parallel_size if is_served else 1
+        computing = clock.forward(cast.reference or cast.policy, ranks * width)
         gathers = 0.0
-        if cast.reference is not None and ranks > 1:
+        if cast.reference is not None and ranks > 1 and not is_served:
             gathers = clock.gathers_to_look(
                 cast.reference, training, ranks, spans=layout.spans_nodes("reference")
             )

@@ -41,12 +41,16 @@ class GuardedSource:
 
     Args:
         batch_size: samples that are asked about, and fail, together; None for all.
+        repeats: whether it may do better when it is asked again.
     """
 
-    def __init__(self, section: Reward, source: RewardSource, batch_size: int | None = None) -> None:
+    def __init__(
+        self, section: Reward, source: RewardSource, batch_size: int | None = None, *, repeats: bool = True
+    ) -> None:
         self.section = section
         self.source = source
         self.batch_size = batch_size
+        self.repeats = repeats
 
     async def score(self, samples: Samples) -> Outcome:
         """
@@ -66,7 +70,8 @@ class GuardedSource:
         )
 
     async def _attempts(self, samples: Samples) -> Outcome:
-        last = 0 if self.section.on_error == "raise" else self.section.max_retries
+        is_final = self.section.on_error == "raise" or not self.repeats
+        last = 0 if is_final else self.section.max_retries
         for attempt in range(last + 1):
             try:
                 values = await self.source.score(samples)

@@ -4,51 +4,53 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from rlhf_ray.config.schema import EnsembleReward, ModelSection, TrainingSection
+from rlhf_ray.config.schema import EnsembleReward, ModelSection
 from rlhf_ray.data.chat import ChatFormatter
 from rlhf_ray.errors import DataError, RewardError
-from rlhf_ray.models.batching import last_positions
-from rlhf_ray.models.heads import ScalarModel
-from rlhf_ray.models.loading import eos_token_ids, load_scalar_model, load_tokenizer, reads_alike
+from rlhf_ray.models.loading import eos_token_ids, load_tokenizer, reads_alike
 from rlhf_ray.rewards.source import Samples, Values
 from rlhf_ray.types import Ragged
-from rlhf_ray.workers.frozen import FrozenModel
+
+
+class TokenScorer(Protocol):
+    """A reward model, wherever it runs. max_length: tokens of a row that it takes; None for any."""
+
+    @property
+    def max_length(self) -> int | None: ...
+
+    def scores(self, sequences: Ragged) -> NDArray[np.float32]:
+        """[B] of each row's last token."""
+        ...
+
+    def rest(self) -> None: ...
+
+    def wake(self) -> None: ...
 
 
 class ModelSource:
     """One reward model.
 
     Args:
-        policy: its formatter wrote the prompts that were sampled from.
+        section: names the model. policy: its formatter wrote the prompts that were sampled from.
         turn: held while the device is in use; models on one device work in sequence.
     """
 
     def __init__(
-        self,
-        name: str,
-        model: ModelSection,
-        policy: ModelSection,
-        training: TrainingSection,
-        device: torch.device,
-        turn: asyncio.Lock,
+        self, name: str, section: ModelSection, policy: ModelSection, model: TokenScorer, turn: asyncio.Lock
     ) -> None:
         self.name = name
         self.turn = turn
-        self.model = FrozenModel(
-            lambda: ScalarModel(load_scalar_model(model, seed=0, attention=training.attention)),
-            training,
-            device,
-        )
-        policy_tokenizer, tokenizer = load_tokenizer(policy), load_tokenizer(model)
+        self.model = model
+        policy_tokenizer, tokenizer = load_tokenizer(policy), load_tokenizer(section)
         self.reads_sampled_ids = reads_alike(policy_tokenizer, tokenizer)
         # With the policy's ids, what ends an answer is the policy's matter: its formatter wrote the pairs
         # that the reward model was trained on.
-        reader = (policy, policy_tokenizer) if self.reads_sampled_ids else (model, tokenizer)
+        reader = (policy, policy_tokenizer) if self.reads_sampled_ids else (section, tokenizer)
         self.formatter = ChatFormatter(reader[1], eos_token_ids(*reader))
 
     async def score(self, samples: Samples) -> Values:
@@ -57,7 +59,14 @@ class ModelSource:
 
     def _scores(self, samples: Samples) -> NDArray[np.float32]:
         sequences = self._sampled(samples) if self.reads_sampled_ids else self._rendered(samples)
-        scores = self.model.forward_all(sequences, last_positions(sequences)).values.astype(np.float32)
+        limit = self.model.max_length
+        if limit is not None and (sequences.lengths > limit).any():
+            row = int(np.argmax(sequences.lengths))
+            raise RewardError(
+                f"reward '{self.name}': {_sample(samples, row)} has {sequences.lengths[row]} tokens with its "
+                f"prompt, and {limit} fit into the engine; use placement.reward.backend: torch"
+            )
+        scores = self.model.scores(sequences)
         if not np.isfinite(scores).all():
             row = int(np.flatnonzero(~np.isfinite(scores))[0])
             raise RewardError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from rlhf_ray.config.schema import ModelSection, TrainingSection
 from rlhf_ray.engines.deepspeed_engine import World, gather_objects, init_world, leave_world
-from rlhf_ray.engines.partitioned import FrozenParts
-from rlhf_ray.models.batching import TokenBatch, before_responses
-from rlhf_ray.models.heads import PolicyModel
+from rlhf_ray.engines.partitioned import FrozenParts, whole
+from rlhf_ray.models.batching import TokenBatch, before_responses, last_positions
+from rlhf_ray.models.heads import PolicyModel, ScalarModel
 from rlhf_ray.models.inference import forward_rows, in_row_order, row_totals
-from rlhf_ray.models.loading import load_policy_model
+from rlhf_ray.models.loading import load_policy_model, load_scalar_model
 from rlhf_ray.models.planning import plan_micro_batches
 from rlhf_ray.models.sharing import check_sharing
 from rlhf_ray.types import Ragged, Rollouts, TwoAnswers
@@ -90,8 +90,76 @@ class FrozenModel:
         return (0, 1) if self.world is None else (self.world.rank, self.world.size)
 
 
-class ReferenceWorker:
-    """Log-probs under the policy that training started from.
+class FrozenScores(FrozenModel):
+    """A reward model. Args: as of `FrozenModel`."""
+
+    max_length: int | None = None
+
+    def __init__(
+        self,
+        model: ModelSection,
+        training: TrainingSection,
+        device: torch.device,
+        world: World | None = None,
+    ) -> None:
+        def build() -> ScalarModel:
+            written = nullcontext if world is None else whole
+            return ScalarModel(load_scalar_model(model, seed=0, attention=training.attention, whole=written))
+
+        super().__init__(build, training, device, world)
+
+    def scores(self, sequences: Ragged) -> NDArray[np.float32]:
+        """[B] of each row's last token."""
+        return self.forward_all(sequences, last_positions(sequences)).values.astype(np.float32)
+
+
+class LogprobModel(Protocol):
+    """A language model, wherever it runs."""
+
+    def forward_all(
+        self,
+        sequences: Ragged,
+        is_source: NDArray[np.bool_],
+        prompts: Ragged | None = None,
+        *,
+        temperature: float,
+    ) -> Ragged:
+        """As `FrozenModel.forward_all`: log-probs of the tokens that follow the selected positions."""
+        ...
+
+    def rest(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+
+class Reference:
+    """Log-probs under the policy that training started from."""
+
+    def __init__(self, model: LogprobModel) -> None:
+        self.model = model
+
+    def logprobs(self, rollouts: Rollouts, temperature: float) -> Ragged:
+        """At the sampler's temperature; one value a response token."""
+        sequences, prompts = rollouts.sequences, rollouts.prompts
+        is_source = before_responses(prompts.lengths, sequences)
+        return self.model.forward_all(sequences, is_source, prompts, temperature=temperature)
+
+    def answer(self, batch: Referenced) -> Referenced:
+        """The batch with the log-probs of its answers, at temperature 1, filled in."""
+        sequences = Ragged.concat(batch.sides)
+        is_source = before_responses(np.tile(batch.prompt_lengths, 2), sequences)
+        totals = row_totals(self.model.forward_all(sequences, is_source, temperature=1.0))
+        return batch.with_reference(totals[: len(batch)], totals[len(batch) :])
+
+    def rest(self) -> None:
+        self.model.rest()
+
+    def wake(self, weights_only: bool = False) -> None:
+        self.model.wake()
+
+
+class ReferenceWorker(Reference):
+    """One that computes as the trainer does.
 
     Args:
         world: as in `FrozenModel`.
@@ -115,29 +183,11 @@ class ReferenceWorker:
             loaded.append(PolicyModel(load_policy_model(model, attention=training.attention), budget))
             return loaded[0]
 
-        self.model = FrozenModel(build, training, device, world)
+        super().__init__(FrozenModel(build, training, device, world))
+        self.world = world
         if training.share_prompts:
             check_sharing(loaded[0].model)
 
-    def logprobs(self, rollouts: Rollouts, temperature: float) -> Ragged:
-        """At the sampler's temperature; one value a response token."""
-        sequences, prompts = rollouts.sequences, rollouts.prompts
-        is_source = before_responses(prompts.lengths, sequences)
-        return self.model.forward_all(sequences, is_source, prompts, temperature=temperature)
-
-    def rest(self) -> None:
-        self.model.rest()
-
-    def wake(self, weights_only: bool = False) -> None:
-        self.model.wake()
-
     def close(self) -> None:
-        if self.model.world is not None:
+        if self.world is not None:
             leave_world()
-
-    def answer(self, batch: Referenced) -> Referenced:
-        """The batch with the log-probs of its answers, at temperature 1, filled in."""
-        sequences = Ragged.concat(batch.sides)
-        is_source = before_responses(np.tile(batch.prompt_lengths, 2), sequences)
-        totals = row_totals(self.model.forward_all(sequences, is_source, temperature=1.0))
-        return batch.with_reference(totals[: len(batch)], totals[len(batch) :])

@@ -24,6 +24,7 @@ from rlhf_ray.config.schema import (
     TrainingSection,
 )
 from rlhf_ray.data.chat import ChatFormatter
+from rlhf_ray.engines.deepspeed_engine import World, leave_world
 from rlhf_ray.engines.generation import TokenGenerator
 from rlhf_ray.models.loading import eos_token_ids, load_tokenizer, max_model_length
 from rlhf_ray.reporting.transcripts import answer_texts
@@ -31,11 +32,13 @@ from rlhf_ray.rewards.child import ChildFunction
 from rlhf_ray.rewards.failures import GuardedSource, Outcome, all_of
 from rlhf_ray.rewards.functions import RewardFunction
 from rlhf_ray.rewards.judge import JudgeSource
-from rlhf_ray.rewards.models import EnsembleSource, ModelSource
+from rlhf_ray.rewards.models import EnsembleSource, ModelSource, TokenScorer
 from rlhf_ray.rewards.remote import HttpSource
 from rlhf_ray.rewards.source import RewardSource, Samples, Values
 from rlhf_ray.rewards.verifiers import LengthSource, text_verifier
 from rlhf_ray.types import Metrics, Rollouts, Scores
+from rlhf_ray.workers.frozen import FrozenScores
+from rlhf_ray.workers.served import RewardEngine
 
 Judged = Mapping[str, Outcome]
 """Name of a judge -> what it said."""
@@ -68,6 +71,9 @@ class RewardWorker(_Sources):
         sources: each with the reward models of those that have some.
         tokens: name of a source -> bearer token.
         has_environment: whether the rollouts bring the rewards of an environment, which count with weight 1.
+        world: of ranks that hold a part of each reward model; None where this process has all of them. What
+            has no model is the first rank's affair, whose scores count.
+        engine: that serves the reward model, of which there is one then.
     """
 
     def __init__(
@@ -79,20 +85,32 @@ class RewardWorker(_Sources):
         threads: int,
         tokens: Mapping[str, SecretStr],
         has_environment: bool = False,
+        world: World | None = None,
+        engine: RewardEngine | None = None,
     ) -> None:
         super().__init__(policy)
         self.has_environment = has_environment
         torch.set_num_threads(threads)
+        self.world = world
+        if world is not None and world.rank > 0:
+            sources = [(section, models) for section, models in sources if models]
         self.sections = [section for section, _ in sources]
         self.models: list[ModelSource] = []
         turn = asyncio.Lock()
+
+        def scorer(model: ModelSection) -> TokenScorer:
+            if engine is not None:
+                return engine.start(model, policy, threads)
+            return FrozenScores(model, training, device, world)
+
         for section, models in sources:
-            members = [ModelSource(section.name, m, policy, training, device, turn) for m in models]
+            members = [ModelSource(section.name, m, policy, scorer(m), turn) for m in models]
             self.models += members
             if not isinstance(section, JudgeReward):
                 source = _source(section, members, tokens.get(section.name))
                 size = section.batch_size if isinstance(section, HttpReward) else None
-                self.sources[section.name] = GuardedSource(section, source, size)
+                # Models say the same again; and ranks must ask theirs equally often, in the same order.
+                self.sources[section.name] = GuardedSource(section, source, size, repeats=not models)
 
     def score(self, rollouts: Rollouts, judged: Judged | None = None) -> Scores:
         """
@@ -134,6 +152,11 @@ class RewardWorker(_Sources):
     def wake(self, weights_only: bool = False) -> None:
         for member in self.models:
             member.model.wake()
+
+    def close(self) -> None:
+        super().close()
+        if self.world is not None:
+            leave_world()
 
     def _events(self, outcomes: Mapping[str, Outcome]) -> Metrics:
         """Samples that a source failed on, and calls that were repeated; of sources that may survive that."""

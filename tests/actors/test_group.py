@@ -67,6 +67,7 @@ def test_a_call_goes_to_every_rank_and_answers_with_that_of_rank_0(make_stage: C
     assert group.call("tagged", 7).result() == 7
     each = [pending.result() for pending in group.call_each("tagged", [(1,), (2,), (3,)])]
     assert each == [1, 102, 203]
+    assert [group.call_next("tagged", 1).result() for _ in range(4)] == [1, 101, 201, 1]
     group.call("remember", "on all ranks").result()
     heard = [pending.result() for pending in group.call_each("remembered", [()] * 3)]
     assert heard == [["on all ranks"]] * 3

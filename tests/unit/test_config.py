@@ -142,7 +142,7 @@ def test_a_section_written_in_part_keeps_the_defaults_of_its_place() -> None:
             "placement: {policy: {cpus: many}}",
             "my.yaml:8: placement.policy.cpus=many: must be a number or auto",
         ),
-        ("placement: {reward: {count: 2}}", "my.yaml:8: placement.reward.count=2: must be 1"),
+        ("placement: {judge: {count: 2}}", "my.yaml:8: placement.judge.count=2: must be 1"),
         (
             "pipeline: [onlin]",
             "my.yaml:8: pipeline.0=onlin: must be sft, constitution, preferences, reward, preference or "

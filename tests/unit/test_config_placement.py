@@ -97,6 +97,7 @@ def test_what_fits_together_is_taken() -> None:
         "placement.policy={count: 16, strategy: PACK, labels: {pool: train}}",
         "placement.critic.count=16",
         "placement.reference.count=8",
+        "placement.reward.count=8",
         "placement.engine={count: 4, labels: {pool: generate}, strategy: SPREAD}",
         "training.zero_stage=3",
         "training.offload_optimizer=nvme",
@@ -145,6 +146,36 @@ def test_what_fits_together_is_taken() -> None:
                 "training.nvme_path=/no/such/disk",
             ],
             "training.nvme_path=/no/such/disk: no such folder here; make it on every node",
+        ),
+        (
+            ["placement.reward.count=2"],
+            "placement.reward.count=2: none of online.rewards is of type model or ensemble, and only models "
+            "are held in parts; use 1",
+        ),
+        (
+            ["placement.reward.backend=vllm"],
+            "placement.reward.backend=vllm: an engine serves one reward model, and online.rewards must have "
+            "exactly one, of type model; use torch",
+        ),
+        (
+            ["placement.reference.backend=vllm", "online.temperature=0.7"],
+            "placement.reference.backend=vllm: vLLM gives log-probs of given tokens at temperature 1 alone, "
+            "and online.temperature=0.7; use torch, or temperature: 1",
+        ),
+        (
+            ["placement.reference.backend=vllm", "online.temperature=1", "training.lora.rank=4"],
+            "placement.reference.backend=vllm: with training.lora the policy without its adapters is the "
+            "reference, and no other is started; leave it out, or name another model in online.reference",
+        ),
+        (
+            [
+                "placement.reference.backend=vllm",
+                "online.temperature=1",
+                "online.max_prompt_length=3000",
+                "online.environment.max_episode_length=5192",
+            ],
+            "placement.reference.backend=vllm: vLLM samples a token behind the 8192 of the longest row of "
+            "online, and the reference is made for 8192; use torch, or shorter rows",
         ),
     ],
 )

@@ -6,17 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from rlhf_ray.config.schema import LoraSection, ModelSection, TrainingSection
+from rlhf_ray.config.schema import LoraSection, ModelSection
 from rlhf_ray.engines.deepspeed_engine import World
-from rlhf_ray.engines.partitioned import FrozenParts
 from rlhf_ray.errors import ModelError
-from rlhf_ray.types import Rollouts
-from rlhf_ray.workers.frozen import ReferenceWorker
 from tests.local_roles import weights_of
 from tests.ranks import run_ranks
-from tests.samples import random_rollouts
 from tests.tiny import tiny_model_folder
 from tests.unit.test_deepspeed_engine import (
     BATCHES,
@@ -134,37 +129,6 @@ def test_two_ranks_that_share_sequences_are_one(model: ModelSection, tmp_path: P
 def test_two_pairs_of_ranks_that_share_sequences_are_one(model: ModelSection, tmp_path: Path) -> None:
     layouts = [(stage, split) for stage in (0, 1, 2, 3) for split in ("1x8", "2x4", "8x1")]
     assert_sharing_changes_nothing(model, tmp_path, 4, layouts)
-
-
-def reference_in_parts(world: World, model: ModelSection) -> tuple[np.ndarray, int, float]:
-    """Log-probs before and after resting, and this rank's share of the weights."""
-    reference = ReferenceWorker(model, REFERENCE, torch.device("cpu"), threads=1, world=world)
-    first = reference.logprobs(rollouts(), 0.7).values
-    reference.rest()
-    reference.wake()
-    again = reference.logprobs(rollouts(), 0.7).values
-    assert np.array_equal(first, again)
-    module = reference.model.module
-    assert isinstance(module, FrozenParts)
-    large = [p for p in module.engine.module.parameters() if p.ds_numel > 10_000]
-    assert large
-    return first, len(large), sum(p.ds_tensor.numel() for p in large) / sum(p.ds_numel for p in large)
-
-
-REFERENCE = TrainingSection(precision="float32", tokens_per_micro_batch=40)
-
-
-def rollouts() -> Rollouts:
-    return random_rollouts([(4, 9), (7, 3), (12, 21), (5, 2), (3, 17)])
-
-
-def test_a_reference_in_parts_is_the_whole(model: ModelSection, tmp_path: Path) -> None:
-    """Five rows on two ranks, each of which holds half of every large weight."""
-    alone = ReferenceWorker(model, REFERENCE, torch.device("cpu"), threads=1)
-    expected = alone.logprobs(rollouts(), 0.7).values
-    for values, _, share in run_ranks(reference_in_parts, 2, tmp_path, model):
-        np.testing.assert_allclose(values, expected, atol=1e-5)
-        assert share == pytest.approx(0.5, abs=0.01)
 
 
 def test_ranks_that_cannot_divide_the_heads_are_refused(model: ModelSection, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rlhf_ray.config.schema import PlacementSection
 from rlhf_ray.planning.advice import advise
 from rlhf_ray.planning.hardware import GIB, cpu, gpu
 from rlhf_ray.planning.layout import Wanted, lay_out
-from rlhf_ray.planning.plan import Assumed, Machine, make_plan, runs
+from rlhf_ray.planning.plan import Assumed, Machine, Plan, make_plan, runs
 from rlhf_ray.planning.schedules import SCHEDULES, fleet_of, simulate_all
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -127,6 +127,34 @@ def test_layouts() -> None:
     assert not split.share("engine", "policy") and split.share("critic", "policy")
     assert split.missing == 2
     assert runs([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+def test_frozen_models_in_parts_and_in_engines() -> None:
+    config = load_config("ppo-7b-8gpu")
+
+    def planned(*changes: str) -> Plan:
+        return make_plan(with_overrides(config, changes), Machine(gpu("H100"), 8))
+
+    def weights(plan: Plan, role: str) -> float:
+        memory = next(each for each in plan.memories if each.role == role)
+        return memory.terms[0].num_bytes
+
+    whole, parts = planned(), planned("placement.reward.count=8")
+    assert weights(parts, "reward") == pytest.approx(weights(whole, "reward") / 8)
+    one, eight = (next(t for t in each.times if t.phase == "reward") for each in (whole, parts))
+    assert eight.computing == pytest.approx(one.computing / 8)
+    assert eight.communication > one.communication == 0
+    served = planned(
+        "placement.reference={backend: vllm, count: 4}",
+        "placement.reward.backend=vllm",
+        "placement.engine.count=4",
+        "engine.tensor_parallel_size=2",
+    )
+    assert served.cast.reference is not None
+    assert weights(served, "reference") == served.cast.reference.parameters, "bfloat16 on two devices"
+    assert weights(served, "reward") == served.cast.rewards[0].parameters
+    assert served.layout["reference"].devices == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert len(served.layout["reward"].devices[0]) == 2
 
 
 def test_simulated_figures_say_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
 
 ONLY_IN = {
     "deepspeed": ("rlhf_ray/engines/", "rlhf_ray/weights/source.py"),
-    "vllm": ("rlhf_ray/engines/vllm_generator.py", "rlhf_ray/weights/"),
+    "vllm": ("rlhf_ray/engines/vllm_", "rlhf_ray/weights/"),
 }
 LIBRARY_LAYERS = {
     # Pure mathematics, and the data that moves: nothing above them.

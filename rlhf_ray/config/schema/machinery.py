@@ -203,6 +203,16 @@ class SingleRoleSection(RoleSection):
     count: Literal[1] = 1
 
 
+class FrozenRoleSection(RoleSection):
+    """A model that is only read.
+
+    backend: `torch` computes as the trainer does; with a count above 1 its ranks hold a part of the weights
+    each (ZeRO 3). `vllm` asks engines of their own, as many as the count, which `engine` describes.
+    """
+
+    backend: Literal["torch", "vllm"] = "torch"
+
+
 class PlacementSection(Section):
     """Which actors share devices.
 
@@ -213,15 +223,13 @@ class PlacementSection(Section):
         disaggregated: the engines have devices of their own, and work beside the others if `online.max_lag`
             is above 0; all other roles share devices, in turn as above.
     Where roles share devices, `strategy` and `labels` are written once for all of them.
-
-    reference: with a count above 1 its ranks hold a part of the weights each (ZeRO 3).
     """
 
     mode: Literal["auto", "colocated", "disaggregated"] = "auto"
     policy: RoleSection = RoleSection()
     critic: RoleSection = RoleSection()
-    reference: RoleSection = RoleSection()
-    reward: SingleRoleSection = SingleRoleSection()
+    reference: FrozenRoleSection = FrozenRoleSection()
+    reward: FrozenRoleSection = FrozenRoleSection()
     judge: SingleRoleSection = SingleRoleSection()
     engine: RoleSection = RoleSection()
     feedback: RoleSection = RoleSection()

@@ -164,6 +164,10 @@ class OnlineSection(Section):
         return "update" if is_one_step and not is_early else "forward"
 
     @property
+    def uses_reward_model(self) -> bool:
+        return any(reward.type in ("model", "ensemble") for reward in self.rewards)
+
+    @property
     def uses_reference(self) -> bool:
         return self.track_kl or self.recipe.kl_coef > 0
 
@@ -281,7 +285,7 @@ class OnlineSection(Section):
         if not self.uses_critic:  # comparing algorithms is changing one line, whatever is said of a critic
             return []
         mistakes = []
-        if self.critic_init == "reward" and not any(r.type in ("model", "ensemble") for r in self.rewards):
+        if self.critic_init == "reward" and not self.uses_reward_model:
             mistakes.append(
                 "critic_init=reward: none of the rewards is of type model or ensemble; "
                 "use critic_init: policy"

@@ -29,7 +29,8 @@ class Source(Section):
     weight: with 0 it is computed and shown, and not trained on: a gold score beside the proxy.
     on_error: what happens when a source fails (raises, does not answer in time, answers nonsense). `raise`
     ends the run at once; `retry` tries again up to `max_retries` times, with growing waits, before it ends
-    the run; `mask` tries as often, and then leaves the samples out of training.
+    the run; `mask` tries as often, and then leaves the samples out of training. A reward model is asked once:
+    it would say the same again.
     """
 
     name: str = Field(min_length=1)
