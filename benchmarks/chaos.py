@@ -1,9 +1,10 @@
 """Kills the processes of small runs at random moments, and counts what was lost.
 
 Runs of PPO with a critic on a model of a few million random weights, each as a person starts it. While a run
-goes on, one of its processes gets SIGKILL every few seconds: an engine, the reward, the reference, the
-experience actor, the policy or the critic; in the scenario `nodes`, all processes of a node at once, and
-another node comes in its place. Afterwards every sample that was trained on is looked at.
+goes on, one of its processes gets SIGKILL now and then: an engine, the reward, the reference, the experience
+actor, the policy or the critic; in the scenario `nodes`, all processes of a node at once, and another node
+comes in its place. Most kills wait until the run has ended more steps than it had at the last one; the others
+fall into what that one caused. Afterwards every sample that was trained on is looked at.
 
 * `synchronous`: two engines; all that the run leaves must equal that of a run that nobody disturbed, bit for
   bit: metrics, samples, final weights.
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,15 +37,19 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 
 from benchmarks.measure import write_json
 from benchmarks.stage import model_folder
-from benchmarks.victims import Nodes, kill, nodes, processes, steps_logged
+from benchmarks.victims import Nodes, nodes, phase, processes, steps_logged
+from benchmarks.victims import kill as kill_process
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.reporting.files import read_lines
 from rlhf_ray.reporting.lineage import SampleLineage, lineage_path, read_lineage
 from rlhf_ray.reporting.metrics_log import MetricsRow, read_metrics
 
 STEPS, PROMPTS, GENERATIONS, MAX_LAG = 24, 6, 2, 1
-EARLIEST, LATEST = 1.0, 9.0
-"""Seconds between two kills, at random."""
+HASTY, HASTE = 0.2, (1.0, 9.0)
+"""The share of kills that fall into what the kill before them has caused, and how many seconds after it. All
+others wait until the run has ended more steps than it had then."""
+PATIENCE = 600.0
+"""Seconds that a run has to reach the step of the next kill, or its end."""
 TIMED = ("time", "recovery/", "perf/tokens_per_second", "sync/probe_moved", "sync/probe_followed")
 
 CONFIG: dict[str, object] = {
@@ -106,12 +111,23 @@ def small_model(folder: Path) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Kill:
+    """Fields: whom: role or `node`. step: under way, from 0. phase: of `victims.PHASES`."""
+
+    whom: str
+    step: int
+    phase: str
+
+    def __str__(self) -> str:
+        return f"{self.whom} in step {self.step} ({self.phase})"
+
+
 @dataclass
 class Disturbed:
     """A run, and what was done to it.
 
     Fields:
-        kills: (role or `node`, steps logged by then).
         missing: samples that should have been trained on and were not. doubled: those trained on twice.
         differences: from the undisturbed run, in words; of a synchronous run there must be none.
         returns: (what, seconds until it worked again).
@@ -121,7 +137,7 @@ class Disturbed:
     seed: int
     exit_code: int = -1
     seconds: float = 0.0
-    kills: list[tuple[str, int]] = field(default_factory=list)
+    kills: list[Kill] = field(default_factory=list)
     missing: int = 0
     doubled: int = 0
     stale: int = 0
@@ -159,7 +175,7 @@ class Runs:
         """The run that nobody disturbs; that of `nodes` is `synchronous` too."""
         run = self.folder / ("streamed-calm" if scenario == "streamed" else "synchronous-calm")
         if (
-            not run.exists()
+            not (run / "model").exists()
             and self.start(run, "streamed" if scenario == "streamed" else "synchronous", None).wait()
         ):
             raise RlhfRayError(f"the undisturbed run failed; see {run.with_suffix('.log')}")
@@ -175,41 +191,88 @@ class Runs:
             began = time.monotonic()
             process = self.start(run, scenario, cluster)
             chance = random.Random(f"{scenario} {seed}")
-            while len(found.kills) < most and process.poll() is None:
-                strike(run, process, chance, cluster, found)
+            try:
+                Assault(run, process, chance, most, pace(calm), cluster, found.kills).go_on()
+            except TimeoutError as stands_still:
+                found.differences.append(str(stands_still))
+                process.kill()
             found.exit_code = process.wait()
             found.seconds = round(time.monotonic() - began, 1)
         audit(run, calm, found)
         return found
 
 
-def strike(
-    run: Path,
-    process: subprocess.Popen[bytes],
-    chance: random.Random,
-    cluster: Nodes | None,
-    found: Disturbed,
-) -> None:
-    """Kill one of those that are there, after a while."""
-    after = time.monotonic() + chance.uniform(EARLIEST, LATEST) * (2 if cluster else 1)
-    # Before the roles are there, nothing could be lost.
-    while process.poll() is None and (time.monotonic() < after or not (run / "metrics.jsonl").exists()):
-        time.sleep(0.02)
-    if process.poll() is not None:
-        return
-    steps = steps_logged(run)
-    if cluster is not None:
-        cluster.kill(chance.randrange(2))
-        found.kills.append(("node", steps))
-        cluster.add()
-        return
-    there = processes(run)
-    roles = sorted({name.split("-")[0] for name in there})
-    if roles:
-        role = chance.choice(roles)
-        victim = chance.choice(sorted(name for name in there if name.split("-")[0] == role))
-        if kill(there[victim]):
-            found.kills.append((victim, steps))
+@dataclass
+class Assault:
+    """What is done to a run, drawn from a seed.
+
+    Fields:
+        run: its folder. most: kills. pace: seconds of a step that nobody disturbs.
+        cluster: whose nodes are killed; None kills single processes.
+        furthest: steps logged at the last kill, the most so far.
+    """
+
+    run: Path
+    process: subprocess.Popen[bytes]
+    chance: random.Random
+    most: int
+    pace: float
+    cluster: Nodes | None
+    kills: list[Kill]
+    furthest: int = -1
+
+    def go_on(self) -> None:
+        """
+        Raises:
+            TimeoutError: the run stands still.
+        """
+        while len(self.kills) < self.most and self.await_moment():
+            self.strike()
+        self.wait_until(lambda: False, "end")
+
+    def await_moment(self) -> bool:
+        """Whether the run is still there then."""
+        if self.kills and self.chance.random() < HASTY:
+            seconds = self.chance.uniform(*HASTE)
+        else:
+            # So that the kills spread over all steps.
+            wanted = self.furthest + self.chance.randint(1, 2 * STEPS // (self.most + 1) - 1)
+            self.wait_until(lambda: self.has_begun and steps_logged(self.run) >= wanted, f"step {wanted}")
+            seconds = self.chance.uniform(0, self.pace)
+        time.sleep(seconds)
+        return self.process.poll() is None
+
+    @property
+    def has_begun(self) -> bool:
+        """Before the roles are there, nothing could be lost."""
+        return (self.run / "metrics.jsonl").exists()
+
+    def wait_until(self, is_reached: Callable[[], bool], what: str) -> None:
+        """Or until the run ends."""
+        deadline = time.monotonic() + PATIENCE
+        while self.process.poll() is None and not is_reached():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"did not reach its {what} within {PATIENCE:g} s")
+            time.sleep(0.02)
+
+    def strike(self) -> None:
+        there = processes(self.run)
+        roles = sorted({name.split("-")[0] for name in there})
+        if not roles:
+            return
+        steps = steps_logged(self.run)
+        if self.cluster is not None:
+            kill = Kill("node", steps, phase(there.values()))
+            self.cluster.kill(self.chance.randrange(2))
+            self.cluster.add()
+        else:
+            role = self.chance.choice(roles)
+            victim = self.chance.choice(sorted(name for name in there if name.split("-")[0] == role))
+            kill = Kill(victim, steps, phase(there.values()))
+            if not kill_process(there[victim]):
+                return
+        self.kills.append(kill)
+        self.furthest = max(self.furthest, steps)
 
 
 def audit(run: Path, calm: Path, found: Disturbed) -> None:
@@ -239,6 +302,11 @@ def samples(run: Path, step: int) -> list[SampleLineage]:
     return list(read_lineage(path)) if (path := lineage_path(run / "rollouts", step)).exists() else []
 
 
+def pace(run: Path) -> float:
+    """Seconds of a step."""
+    return float(np.median([float(row["time/step"]) for row in read_metrics(run / "metrics.jsonl")]))
+
+
 def untimed(run: Path) -> list[MetricsRow]:
     rows = read_metrics(run / "metrics.jsonl")
     return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in rows]
@@ -261,11 +329,13 @@ def summary(runs: Sequence[Disturbed]) -> dict[str, object]:
     """Of all runs of a scenario."""
     in_place = [seconds for run in runs for name, seconds in run.returns if name != "all roles"]
     rebuilt = [seconds for run in runs for name, seconds in run.returns if name == "all roles"]
-    whom = Counter(name.split("-")[0] for run in runs for name, _ in run.kills)
+    kills = [kill for run in runs for kill in run.kills]
     return {
         "runs": len(runs),
-        "kills": whom.total(),
-        "whom": dict(sorted(whom.items())),
+        "kills": len(kills),
+        "whom": counts(kill.whom.split("-")[0] for kill in kills),
+        "phases": counts(kill.phase for kill in kills),
+        "steps": sorted(kill.step for kill in kills),
         "survived": sum(len(run.kills) for run in runs if run.is_whole),
         "samples": len(runs) * STEPS * PROMPTS * GENERATIONS,
         "lost": sum(run.missing for run in runs),
@@ -279,6 +349,10 @@ def summary(runs: Sequence[Disturbed]) -> dict[str, object]:
         "rebuilt_median_s": float(np.median(rebuilt)) if rebuilt else None,
         "rebuilt_max_s": max(rebuilt, default=None),
     }
+
+
+def counts(words: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(words).items()))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -310,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 own.append(found)
                 left, seed = left - max(1, len(found.kills)), seed + 1
                 said = "whole" if found.is_whole else f"NOT WHOLE: {asdict(found)}"
-                kills = ", ".join(f"{whom} in step {step}" for whom, step in found.kills)
+                kills = ", ".join(map(str, found.kills))
                 console.print(f"{scenario} {found.seed}: {kills}; {found.seconds} s; {said}", highlight=False)
                 # A later run may fail.
                 results[scenario] = summary(own)

@@ -6,8 +6,8 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,19 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.reporting.files import read_lines
 
 MIB = 1 << 20
+PHASES = {
+    "starting": {"build", "connect", "init_weight_transfer_engine", "load_state", "load_state_dict"},
+    "checkpointing": {"save_state", "save_model", "state_dict"},
+    "sync": {"publish", "probe", "token_logprobs"},
+    "training": {"train_rl"},
+    "scoring": {"score", "logprobs", "reference_logprobs", "values", "gather", "prepare"},
+    "generation": {"generate"},
+}
+"""What a run is at -> the calls by which that is known. Where several are under way, the first; engines that
+work ahead generate all the time."""
+BETWEEN = "between calls"
+ATTEMPTS = 4
+"""To start a node."""
 
 
 def processes(run: Path) -> dict[str, int]:
@@ -35,6 +48,16 @@ def processes(run: Path) -> dict[str, int]:
         if log.parent == logs:
             found[log.stem] = process.pid
     return found
+
+
+def phase(there: Iterable[int]) -> str:
+    """What a run is at whose roles these processes play. Ray names a process after the call that it is at,
+    `ray::policy.train_rl`."""
+    calls = set()
+    for process in there:
+        with suppress(psutil.NoSuchProcess, IndexError):
+            calls.add(psutil.Process(process).cmdline()[0].rpartition(".")[2])
+    return next((phase for phase, own in PHASES.items() if own & calls), BETWEEN)
 
 
 def kill(process: int) -> bool:
@@ -65,7 +88,18 @@ class Nodes:
         return str(self.cluster.address)
 
     def add(self) -> None:
-        self.cluster.add_node(num_cpus=2, memory=8192 * MIB, object_store_memory=150 * MIB)
+        """Ray waits half a minute for a node, which is too little where the machine has much else to do."""
+        for attempt in range(ATTEMPTS):
+            before = psutil.Process().children()
+            try:
+                self.cluster.add_node(num_cpus=2, memory=8192 * MIB, object_store_memory=150 * MIB)
+                return
+            except Exception:
+                for left in psutil.Process().children():
+                    if left not in before:
+                        left.kill()
+                if attempt == ATTEMPTS - 1:
+                    raise
 
     def kill(self, number: int) -> None:
         """Every process of a node, at the same moment."""
