@@ -11,6 +11,7 @@ fall into what that one caused. Afterwards every sample that was trained on is l
 * `streamed`: a vLLM engine that works ahead and never drains; no prompt may be lost or trained on twice, and
   no token may be of weights older than `max_lag` allows.
 * `nodes`: as `synchronous`, on a cluster of a head and two nodes.
+* `colocated`: as `synchronous`, with all roles on the same cores in turn.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ SCENARIOS = {
     "streamed": [f"online.max_lag={MAX_LAG}"],
     # More than one node has.
     "nodes": [*EXACT, *(f"placement.{role}.cpus=0.6" for role in ROLES)],
+    "colocated": [*EXACT, "placement.mode=colocated"],
 }
 
 
@@ -172,7 +174,7 @@ class Runs:
             )
 
     def calm(self, scenario: str) -> Path:
-        """The run that nobody disturbs; that of `nodes` is `synchronous` too."""
+        """The run that nobody disturbs; where nothing is ahead, it is `synchronous`."""
         run = self.folder / ("streamed-calm" if scenario == "streamed" else "synchronous-calm")
         if (
             not (run / "model").exists()
