@@ -54,7 +54,7 @@ PATIENCE = 600.0
 TIMED = ("time", "recovery/", "perf/tokens_per_second", "sync/probe_moved", "sync/probe_followed")
 
 CONFIG: dict[str, object] = {
-    "training": {"precision": "float32", "tokens_per_micro_batch": 1024, "zero_stage": 0},
+    "training": {"precision": "float32", "tokens_per_micro_batch": 1024, "zero_stage": 1},
     "engine": {"dtype": "float32", "cpu_kv_cache_gib": 0.05},
     "checkpoint": {"every": 4},
     "sync": {"verify_first": 1, "verify_every": 4},
