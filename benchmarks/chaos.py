@@ -3,8 +3,9 @@
 Runs of PPO with a critic on a model of a few million random weights, each as a person starts it. While a run
 goes on, one of its processes gets SIGKILL now and then: an engine, the reward, the reference, the experience
 actor, the policy or the critic; in the scenario `nodes`, all processes of a node at once, and another node
-comes in its place. Most kills wait until the run has ended more steps than it had at the last one; the others
-fall into what that one caused. Afterwards every sample that was trained on is looked at.
+comes in its place. Most kills wait until the run has ended more steps than it had at the last one, and then
+for a phase of a step that is drawn; the others fall into what that one caused. Afterwards every sample that
+was trained on is looked at.
 
 * `synchronous`: two engines; all that the run leaves must equal that of a run that nobody disturbed, bit for
   bit: metrics, samples, final weights.
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,21 +37,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.assault import Assault, Kill
 from benchmarks.measure import write_json
 from benchmarks.stage import model_folder
-from benchmarks.victims import Nodes, nodes, phase, processes, steps_logged
-from benchmarks.victims import kill as kill_process
+from benchmarks.victims import Nodes, nodes
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.reporting.files import read_lines
 from rlhf_ray.reporting.lineage import SampleLineage, lineage_path, read_lineage
 from rlhf_ray.reporting.metrics_log import MetricsRow, read_metrics
 
 STEPS, PROMPTS, GENERATIONS, MAX_LAG = 24, 6, 2, 1
-HASTY, HASTE = 0.2, (1.0, 9.0)
-"""The share of kills that fall into what the kill before them has caused, and how many seconds after it. All
-others wait until the run has ended more steps than it had then."""
-PATIENCE = 600.0
-"""Seconds that a run has to reach the step of the next kill, or its end."""
 TIMED = ("time", "recovery/", "perf/tokens_per_second", "sync/probe_moved", "sync/probe_followed")
 
 CONFIG: dict[str, object] = {
@@ -111,18 +107,6 @@ def small_model(folder: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-@dataclass(frozen=True)
-class Kill:
-    """Fields: whom: role or `node`. step: under way, from 0. phase: of `victims.PHASES`."""
-
-    whom: str
-    step: int
-    phase: str
-
-    def __str__(self) -> str:
-        return f"{self.whom} in step {self.step} ({self.phase})"
 
 
 @dataclass
@@ -194,7 +178,7 @@ class Runs:
             process = self.start(run, scenario, cluster)
             chance = random.Random(f"{scenario} {seed}")
             try:
-                Assault(run, process, chance, most, pace(calm), cluster, found.kills).go_on()
+                Assault(run, process, chance, STEPS, most, cluster, found.kills).go_on()
             except TimeoutError as stands_still:
                 found.differences.append(str(stands_still))
                 process.kill()
@@ -202,79 +186,6 @@ class Runs:
             found.seconds = round(time.monotonic() - began, 1)
         audit(run, calm, found)
         return found
-
-
-@dataclass
-class Assault:
-    """What is done to a run, drawn from a seed.
-
-    Fields:
-        run: its folder. most: kills. pace: seconds of a step that nobody disturbs.
-        cluster: whose nodes are killed; None kills single processes.
-        furthest: steps logged at the last kill, the most so far.
-    """
-
-    run: Path
-    process: subprocess.Popen[bytes]
-    chance: random.Random
-    most: int
-    pace: float
-    cluster: Nodes | None
-    kills: list[Kill]
-    furthest: int = -1
-
-    def go_on(self) -> None:
-        """
-        Raises:
-            TimeoutError: the run stands still.
-        """
-        while len(self.kills) < self.most and self.await_moment():
-            self.strike()
-        self.wait_until(lambda: False, "end")
-
-    def await_moment(self) -> bool:
-        """Whether the run is still there then."""
-        if self.kills and self.chance.random() < HASTY:
-            seconds = self.chance.uniform(*HASTE)
-        else:
-            # So that the kills spread over all steps.
-            wanted = self.furthest + self.chance.randint(1, 2 * STEPS // (self.most + 1) - 1)
-            self.wait_until(lambda: self.has_begun and steps_logged(self.run) >= wanted, f"step {wanted}")
-            seconds = self.chance.uniform(0, self.pace)
-        time.sleep(seconds)
-        return self.process.poll() is None
-
-    @property
-    def has_begun(self) -> bool:
-        """Before the roles are there, nothing could be lost."""
-        return (self.run / "metrics.jsonl").exists()
-
-    def wait_until(self, is_reached: Callable[[], bool], what: str) -> None:
-        """Or until the run ends."""
-        deadline = time.monotonic() + PATIENCE
-        while self.process.poll() is None and not is_reached():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"did not reach its {what} within {PATIENCE:g} s")
-            time.sleep(0.02)
-
-    def strike(self) -> None:
-        there = processes(self.run)
-        roles = sorted({name.split("-")[0] for name in there})
-        if not roles:
-            return
-        steps = steps_logged(self.run)
-        if self.cluster is not None:
-            kill = Kill("node", steps, phase(there.values()))
-            self.cluster.kill(self.chance.randrange(2))
-            self.cluster.add()
-        else:
-            role = self.chance.choice(roles)
-            victim = self.chance.choice(sorted(name for name in there if name.split("-")[0] == role))
-            kill = Kill(victim, steps, phase(there.values()))
-            if not kill_process(there[victim]):
-                return
-        self.kills.append(kill)
-        self.furthest = max(self.furthest, steps)
 
 
 def audit(run: Path, calm: Path, found: Disturbed) -> None:
@@ -302,11 +213,6 @@ def audit(run: Path, calm: Path, found: Disturbed) -> None:
 
 def samples(run: Path, step: int) -> list[SampleLineage]:
     return list(read_lineage(path)) if (path := lineage_path(run / "rollouts", step)).exists() else []
-
-
-def pace(run: Path) -> float:
-    """Seconds of a step."""
-    return float(np.median([float(row["time/step"]) for row in read_metrics(run / "metrics.jsonl")]))
 
 
 def untimed(run: Path) -> list[MetricsRow]:

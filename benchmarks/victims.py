@@ -28,6 +28,8 @@ PHASES = {
 }
 """What a run is at -> the calls by which that is known. Where several are under way, the first; engines that
 work ahead generate all the time."""
+REPEATED = [phase for phase in PHASES if phase != "starting"]
+"""Those that come again."""
 BETWEEN = "between calls"
 ATTEMPTS = 4
 """To start a node."""
