@@ -6,10 +6,11 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 from ray.cluster_utils import Cluster
@@ -17,6 +18,7 @@ from ray.cluster_utils import Cluster
 from rlhf_ray.errors import DataError
 from rlhf_ray.reporting.files import read_lines
 
+T = TypeVar("T")
 MIB = 1 << 20
 PHASES = {
     "starting": {"build", "connect", "init_weight_transfer_engine", "load_state", "load_state_dict"},
@@ -79,6 +81,20 @@ def steps_logged(run: Path) -> int:
         return 0  # a line is half written
 
 
+def patiently(start: Callable[[], T]) -> T:
+    """Start a node. Ray waits half a minute for it, which is too little where the machine is busy; what has
+    started by then is ended, and starts anew."""
+    before = psutil.Process().children()
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return start()
+        except Exception:
+            for left in psutil.Process().children():
+                if left not in before:
+                    left.kill()
+    return start()
+
+
 @dataclass
 class Nodes:
     """A head that only keeps the books, and nodes of two CPUs that do the work."""
@@ -90,18 +106,7 @@ class Nodes:
         return str(self.cluster.address)
 
     def add(self) -> None:
-        """Ray waits half a minute for a node, which is too little where the machine has much else to do."""
-        for attempt in range(ATTEMPTS):
-            before = psutil.Process().children()
-            try:
-                self.cluster.add_node(num_cpus=2, memory=8192 * MIB, object_store_memory=150 * MIB)
-                return
-            except Exception:
-                for left in psutil.Process().children():
-                    if left not in before:
-                        left.kill()
-                if attempt == ATTEMPTS - 1:
-                    raise
+        patiently(lambda: self.cluster.add_node(num_cpus=2, memory=8192 * MIB, object_store_memory=150 * MIB))
 
     def kill(self, number: int) -> None:
         """Every process of a node, at the same moment."""
@@ -121,7 +126,7 @@ def nodes(count: int) -> Iterator[Nodes]:
         # Ray's own choice takes half a minute to miss a machine.
         "_system_config": {"health_check_period_ms": 1000, "health_check_failure_threshold": 3},
     }
-    cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False))
     made = Nodes(cluster)
     try:
         for _ in range(count):
