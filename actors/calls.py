@@ -317,6 +317,11 @@ class OpenCalls:
                 lost[task] = None
         return list(lost)
 
+    def not_lost_with(self, role: Role, rank: int) -> list[ray.ObjectRef]:
+        """What else is under way and takes turns with the role; it ends by itself."""
+        lost = self._lost_with(role, rank)
+        return [task.done for task in self._open if task.takes_turn_of(role.turns) and task not in lost]
+
     def _unanswered(self, mine: Sequence[Task]) -> list[Task]:
         """Those up to one's own: the others may be waiting for the first."""
         tasks = [task for task in self._open if task.is_sent]

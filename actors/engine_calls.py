@@ -58,5 +58,6 @@ class RemoteEngineCalls:
 
     def _call(self, method: str, *args: object) -> Asked:
         handle = cast(Any, self.handle)  # Ray gives the methods of a handle no types
-        _, done = handle.call.options(num_returns=2).remote(method, 0, *args)
-        return Asked(f"{self.name}.{method}", done, self.timeout)
+        name = f"{self.name}.{method}"
+        _, done = handle.call.options(num_returns=2, name=name).remote(method, 0, *args)
+        return Asked(name, done, self.timeout)

@@ -231,9 +231,10 @@ class ActorGroup:
         handle, args = self.handles[rank], [_unwrap_argument(arg) for arg in task.args]
         if task.method is not None:
             args = [task.method, len(after), *(each.done for each in after), *args]
-        found = getattr(handle, task.entry).options(num_returns=task.num_returns).remote(*args)
-        task.refs = tuple(found) if task.num_returns > 1 else (found,)
         task.at, task.actor_id = rank, handle._actor_id.hex()
+        entry = getattr(handle, task.entry).options(num_returns=task.num_returns, name=task.name)
+        found = entry.remote(*args)
+        task.refs = tuple(found) if task.num_returns > 1 else (found,)
         return True
 
     def _remote(self, tasks: Sequence[Task], index: int = 0) -> Remote[object]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from actors.calls import Remote, Task, Turns
 from actors.group import ActorGroup, Timeline
-from rlhf_ray.errors import WorkerLost
+from rlhf_ray.errors import RlhfRayError, WorkerLost
 
 HAND_OVER = "hand_over"
 """The kind of call that moves memory."""
@@ -60,10 +62,11 @@ class SharingGroup(ActorGroup):
         timeline: Timeline,
         timeout: float,
         devices: Devices,
+        start: Callable[[int], ActorHandle] | None = None,
         lost_machine: Callable[[], WorkerLost | None] = lambda: None,
     ) -> None:
         assert turns.enabled, "calls of roles that share devices run in turn"
-        super().__init__(name, handles, turns, timeline, timeout, lost_machine=lost_machine)
+        super().__init__(name, handles, turns, timeline, timeout, start, lost_machine)
         self.devices = devices
         devices.groups.append(self)
 
@@ -79,18 +82,34 @@ class SharingGroup(ActorGroup):
         is_pure: bool = False,
         needs_weights: bool = False,
     ) -> None:
-        """When the others are built and rest: each needs the devices to itself while it loads. So none is
-        replaced while they work, whether it could be (`is_pure`) or not."""
+        """When the others are built and rest: each needs the devices to itself while it loads.
+
+        An engine that needs weights is not replaced in its place: the policy would have to publish to it,
+        and may have given the devices away in what it was asked since."""
         for group in self.devices.groups:
             if group is not self and group.is_begun:
                 group.wait_until_built()
         for move in self.devices.give_to(self):
             move.result()
-        super().build(factory, kwargs, timeout, needs_weights=needs_weights)
+        is_pure = is_pure and not needs_weights
+        super().build(factory, kwargs, timeout, is_pure=is_pure, needs_weights=needs_weights)
 
     @property
     def is_begun(self) -> bool:
         return bool(self._builds)
+
+    def start_again(self, rank: int, failure: RlhfRayError) -> None:
+        """When all that was asked before the first call that is lost has ended: then the devices are this
+        role's, for either it was at work, or the others had been told to rest so that it could be."""
+        try:
+            ray.get(self.timeline.open.not_lost_with(self, rank), timeout=self.timeout)
+        except RayError:
+            raise failure from failure.__cause__
+        super().start_again(rank, failure)
+
+    def _server(self, task: Task) -> int:
+        """Each rank has devices of its own, and nobody moves memory, or works, on those of another."""
+        return task.rank
 
     def _begin(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """What is asked of the host alone (building, its address), and the moves, need no devices."""

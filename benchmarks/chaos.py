@@ -1,15 +1,18 @@
 """Kills the processes of small runs at random moments, and counts what was lost.
 
 Runs of PPO with a critic on a model of a few million random weights, each as a person starts it. While a run
-goes on, one of its processes gets SIGKILL every few seconds: an engine, the reward, the reference, the
-experience actor, the policy or the critic; in the scenario `nodes`, all processes of a node at once, and
-another node comes in its place. Afterwards every sample that was trained on is looked at.
+goes on, one of its processes gets SIGKILL now and then: an engine, the reward, the reference, the experience
+actor, the policy or the critic; in the scenario `nodes`, all processes of a node at once, and another node
+comes in its place. Most kills wait until the run has ended more steps than it had at the last one, and then
+for a phase of a step that is drawn; the others fall into what that one caused. Afterwards every sample that
+was trained on is looked at.
 
 * `synchronous`: two engines; all that the run leaves must equal that of a run that nobody disturbed, bit for
   bit: metrics, samples, final weights.
 * `streamed`: a vLLM engine that works ahead and never drains; no prompt may be lost or trained on twice, and
   no token may be of weights older than `max_lag` allows.
 * `nodes`: as `synchronous`, on a cluster of a head and two nodes.
+* `colocated`: as `synchronous`, with all roles on the same cores in turn.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,21 +37,20 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.assault import Assault, Kill
 from benchmarks.measure import write_json
 from benchmarks.stage import model_folder
-from benchmarks.victims import Nodes, kill, nodes, processes, steps_logged
+from benchmarks.victims import Nodes, nodes
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.reporting.files import read_lines
 from rlhf_ray.reporting.lineage import SampleLineage, lineage_path, read_lineage
 from rlhf_ray.reporting.metrics_log import MetricsRow, read_metrics
 
 STEPS, PROMPTS, GENERATIONS, MAX_LAG = 24, 6, 2, 1
-EARLIEST, LATEST = 1.0, 9.0
-"""Seconds between two kills, at random."""
 TIMED = ("time", "recovery/", "perf/tokens_per_second", "sync/probe_moved", "sync/probe_followed")
 
 CONFIG: dict[str, object] = {
-    "training": {"precision": "float32", "tokens_per_micro_batch": 1024, "zero_stage": 0},
+    "training": {"precision": "float32", "tokens_per_micro_batch": 1024, "zero_stage": 1},
     "engine": {"dtype": "float32", "cpu_kv_cache_gib": 0.05},
     "checkpoint": {"every": 4},
     "sync": {"verify_first": 1, "verify_every": 4},
@@ -75,6 +77,7 @@ SCENARIOS = {
     "streamed": [f"online.max_lag={MAX_LAG}"],
     # More than one node has.
     "nodes": [*EXACT, *(f"placement.{role}.cpus=0.6" for role in ROLES)],
+    "colocated": [*EXACT, "placement.mode=colocated"],
 }
 
 
@@ -111,7 +114,6 @@ class Disturbed:
     """A run, and what was done to it.
 
     Fields:
-        kills: (role or `node`, steps logged by then).
         missing: samples that should have been trained on and were not. doubled: those trained on twice.
         differences: from the undisturbed run, in words; of a synchronous run there must be none.
         returns: (what, seconds until it worked again).
@@ -121,7 +123,7 @@ class Disturbed:
     seed: int
     exit_code: int = -1
     seconds: float = 0.0
-    kills: list[tuple[str, int]] = field(default_factory=list)
+    kills: list[Kill] = field(default_factory=list)
     missing: int = 0
     doubled: int = 0
     stale: int = 0
@@ -156,10 +158,10 @@ class Runs:
             )
 
     def calm(self, scenario: str) -> Path:
-        """The run that nobody disturbs; that of `nodes` is `synchronous` too."""
+        """The run that nobody disturbs; where nothing is ahead, it is `synchronous`."""
         run = self.folder / ("streamed-calm" if scenario == "streamed" else "synchronous-calm")
         if (
-            not run.exists()
+            not (run / "model").exists()
             and self.start(run, "streamed" if scenario == "streamed" else "synchronous", None).wait()
         ):
             raise RlhfRayError(f"the undisturbed run failed; see {run.with_suffix('.log')}")
@@ -175,41 +177,15 @@ class Runs:
             began = time.monotonic()
             process = self.start(run, scenario, cluster)
             chance = random.Random(f"{scenario} {seed}")
-            while len(found.kills) < most and process.poll() is None:
-                strike(run, process, chance, cluster, found)
+            try:
+                Assault(run, process, chance, STEPS, most, cluster, found.kills).go_on()
+            except TimeoutError as stands_still:
+                found.differences.append(str(stands_still))
+                process.kill()
             found.exit_code = process.wait()
             found.seconds = round(time.monotonic() - began, 1)
         audit(run, calm, found)
         return found
-
-
-def strike(
-    run: Path,
-    process: subprocess.Popen[bytes],
-    chance: random.Random,
-    cluster: Nodes | None,
-    found: Disturbed,
-) -> None:
-    """Kill one of those that are there, after a while."""
-    after = time.monotonic() + chance.uniform(EARLIEST, LATEST) * (2 if cluster else 1)
-    # Before the roles are there, nothing could be lost.
-    while process.poll() is None and (time.monotonic() < after or not (run / "metrics.jsonl").exists()):
-        time.sleep(0.02)
-    if process.poll() is not None:
-        return
-    steps = steps_logged(run)
-    if cluster is not None:
-        cluster.kill(chance.randrange(2))
-        found.kills.append(("node", steps))
-        cluster.add()
-        return
-    there = processes(run)
-    roles = sorted({name.split("-")[0] for name in there})
-    if roles:
-        role = chance.choice(roles)
-        victim = chance.choice(sorted(name for name in there if name.split("-")[0] == role))
-        if kill(there[victim]):
-            found.kills.append((victim, steps))
 
 
 def audit(run: Path, calm: Path, found: Disturbed) -> None:
@@ -261,11 +237,13 @@ def summary(runs: Sequence[Disturbed]) -> dict[str, object]:
     """Of all runs of a scenario."""
     in_place = [seconds for run in runs for name, seconds in run.returns if name != "all roles"]
     rebuilt = [seconds for run in runs for name, seconds in run.returns if name == "all roles"]
-    whom = Counter(name.split("-")[0] for run in runs for name, _ in run.kills)
+    kills = [kill for run in runs for kill in run.kills]
     return {
         "runs": len(runs),
-        "kills": whom.total(),
-        "whom": dict(sorted(whom.items())),
+        "kills": len(kills),
+        "whom": counts(kill.whom.split("-")[0] for kill in kills),
+        "phases": counts(kill.phase for kill in kills),
+        "steps": sorted(kill.step for kill in kills),
         "survived": sum(len(run.kills) for run in runs if run.is_whole),
         "samples": len(runs) * STEPS * PROMPTS * GENERATIONS,
         "lost": sum(run.missing for run in runs),
@@ -279,6 +257,10 @@ def summary(runs: Sequence[Disturbed]) -> dict[str, object]:
         "rebuilt_median_s": float(np.median(rebuilt)) if rebuilt else None,
         "rebuilt_max_s": max(rebuilt, default=None),
     }
+
+
+def counts(words: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(words).items()))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -310,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 own.append(found)
                 left, seed = left - max(1, len(found.kills)), seed + 1
                 said = "whole" if found.is_whole else f"NOT WHOLE: {asdict(found)}"
-                kills = ", ".join(f"{whom} in step {step}" for whom, step in found.kills)
+                kills = ", ".join(map(str, found.kills))
                 console.print(f"{scenario} {found.seed}: {kills}; {found.seconds} s; {said}", highlight=False)
                 # A later run may fail.
                 results[scenario] = summary(own)

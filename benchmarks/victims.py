@@ -6,10 +6,11 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 from ray.cluster_utils import Cluster
@@ -17,7 +18,23 @@ from ray.cluster_utils import Cluster
 from rlhf_ray.errors import DataError
 from rlhf_ray.reporting.files import read_lines
 
+T = TypeVar("T")
 MIB = 1 << 20
+PHASES = {
+    "starting": {"build", "connect", "init_weight_transfer_engine", "load_state", "load_state_dict"},
+    "checkpointing": {"save_state", "save_model", "state_dict"},
+    "sync": {"publish", "probe", "token_logprobs"},
+    "training": {"train_rl"},
+    "scoring": {"score", "logprobs", "reference_logprobs", "values", "gather", "prepare"},
+    "generation": {"generate"},
+}
+"""What a run is at -> the calls by which that is known. Where several are under way, the first; engines that
+work ahead generate all the time."""
+REPEATED = [phase for phase in PHASES if phase != "starting"]
+"""Those that come again."""
+BETWEEN = "between calls"
+ATTEMPTS = 4
+"""To start a node."""
 
 
 def processes(run: Path) -> dict[str, int]:
@@ -37,6 +54,16 @@ def processes(run: Path) -> dict[str, int]:
     return found
 
 
+def phase(there: Iterable[int]) -> str:
+    """What a run is at whose roles these processes play. Ray names a process after the call that it is at,
+    `ray::policy.train_rl`."""
+    calls = set()
+    for process in there:
+        with suppress(psutil.NoSuchProcess, IndexError):
+            calls.add(psutil.Process(process).cmdline()[0].rpartition(".")[2])
+    return next((phase for phase, own in PHASES.items() if own & calls), BETWEEN)
+
+
 def kill(process: int) -> bool:
     """SIGKILL. Returns whether it was there."""
     try:
@@ -54,6 +81,20 @@ def steps_logged(run: Path) -> int:
         return 0  # a line is half written
 
 
+def patiently(start: Callable[[], T]) -> T:
+    """Start a node. Ray waits half a minute for it, which is too little where the machine is busy; what has
+    started by then is ended, and starts anew."""
+    before = psutil.Process().children()
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return start()
+        except Exception:
+            for left in psutil.Process().children():
+                if left not in before:
+                    left.kill()
+    return start()
+
+
 @dataclass
 class Nodes:
     """A head that only keeps the books, and nodes of two CPUs that do the work."""
@@ -65,7 +106,7 @@ class Nodes:
         return str(self.cluster.address)
 
     def add(self) -> None:
-        self.cluster.add_node(num_cpus=2, memory=8192 * MIB, object_store_memory=150 * MIB)
+        patiently(lambda: self.cluster.add_node(num_cpus=2, memory=8192 * MIB, object_store_memory=150 * MIB))
 
     def kill(self, number: int) -> None:
         """Every process of a node, at the same moment."""
@@ -85,7 +126,7 @@ def nodes(count: int) -> Iterator[Nodes]:
         # Ray's own choice takes half a minute to miss a machine.
         "_system_config": {"health_check_period_ms": 1000, "health_check_failure_threshold": 3},
     }
-    cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False))
     made = Nodes(cluster)
     try:
         for _ in range(count):

@@ -202,7 +202,7 @@ class Placement:
         timeout = float(self.cluster.call_timeout)
         if name in self.demands and self.shares_devices(name):
             group: ActorGroup = SharingGroup(
-                name, handles, self.turns, self.timeline, timeout, self._devices, lost_machine
+                name, handles, self.turns, self.timeline, timeout, self._devices, start, lost_machine
             )
         else:
             is_apart = name in self.demands and self.demands[name].is_apart

@@ -19,11 +19,13 @@ class Killer:
         plan: (steps that are logged, seconds to wait then, whom), one after the other: a role's actor, or
             something to call.
         killed: whom, so far.
+        failure: of something that was called.
     """
 
     run: Path
     plan: list[tuple[int, float, str | Callable[[], None]]]
     killed: list[str] = field(default_factory=list)
+    failure: Exception | None = None
 
     def __enter__(self) -> Killer:
         self._stop = threading.Event()
@@ -31,15 +33,21 @@ class Killer:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stop.set()
         self._thread.join(30)
+        if self.failure is not None and kind is None:
+            raise self.failure
 
     def _kill_all(self) -> None:
         for steps, seconds, whom in self.plan:
             self._wait_until(lambda steps=steps: steps_logged(self.run) >= steps)  # type: ignore[misc]
             time.sleep(seconds)
-            self._kill(whom)
+            try:
+                self._kill(whom)
+            except Exception as failure:
+                self.failure = failure
+                return
 
     def _kill(self, whom: str | Callable[[], None]) -> None:
         if isinstance(whom, str):

@@ -75,6 +75,11 @@ def test_a_call_goes_to_every_rank_and_answers_with_that_of_rank_0(make_stage: C
     assert len(pids) == 3
 
 
+def test_a_process_is_named_after_the_call_that_it_is_at(make_stage: Callable[..., Stage]) -> None:
+    titles = [each.result() for each in make_stage().group("policy", 2).call_each("title", [()] * 2)]
+    assert titles == ["ray::policy[0].title", "ray::policy[1].title"]
+
+
 def test_two_values_of_one_call_travel_apart(make_stage: Callable[..., Stage]) -> None:
     stage = make_stage()
     first, second = stage.group("experience").call_pair("both", 5)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from actors.group import ActorGroup
+from benchmarks.victims import kill, processes
 from launch.placement import Placement, RoleDemand
 from rlhf_ray.config.schema import ClusterSection, PlacementSection, RoleSection
-from rlhf_ray.errors import WorkerError
+from rlhf_ray.errors import RlhfRayError, WorkerError, WorkerLost
 from rlhf_ray.reporting.run_folder import RunFolder
 
 pytestmark = [pytest.mark.actors, pytest.mark.usefixtures("ray_cluster")]
@@ -78,3 +81,102 @@ def test_a_role_that_cannot_rest_fails_what_comes_after(placement: Placement) ->
     engine.handles[0].build.remote("tests.actors.workers:Restless", {})
     with pytest.raises(WorkerError, match=r"engine\.rest failed"):
         policy.call("remember", "trains").result()
+
+
+class Noted:
+    """The losses and returns of actors."""
+
+    def __init__(self) -> None:
+        self.losses: Counter[str] = Counter()
+        self.returns: Counter[str] = Counter()
+
+    def lost(self, name: str, failure: RlhfRayError) -> None:
+        self.losses[name] += 1
+
+    def returned(self, name: str) -> None:
+        self.returns[name] += 1
+
+
+class Household:
+    """A reward and a policy on the same devices."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.losses, self.diary = folder, Noted(), folder / "diary.txt"
+        demands = [RoleDemand(name, RoleSection(), 0) for name in ("reward", "policy")]
+        section = PlacementSection(mode="colocated")
+        cluster = ClusterSection(start_timeout=60)
+        self.placement = Placement(demands, cluster, RunFolder(folder), section, losses=self.losses)
+        self.reward, self.policy = (self.placement.start(name) for name in ("reward", "policy"))
+        for group in (self.reward, self.policy):
+            kwargs: dict[str, object] = {"name": group.name, "diary": str(self.diary)}
+            is_pure = group is self.reward
+            group.build("tests.actors.workers:Diarist", [kwargs], 60, is_pure=is_pure)
+        self.placement.wait_until_built()
+        self.diary.unlink()
+
+    def kill_reward_after(self, words: str) -> None:
+        deadline = time.monotonic() + 30
+        while words not in self.days:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert kill(processes(self.folder)["reward"])
+
+    @property
+    def days(self) -> list[str]:
+        return self.diary.read_text().splitlines() if self.diary.exists() else []
+
+
+@pytest.fixture
+def household(tmp_path: Path) -> Iterator[Household]:
+    household = Household(tmp_path)
+    yield household
+    household.placement.release()
+
+
+def test_a_role_that_dies_at_work_is_replaced_on_its_devices(household: Household) -> None:
+    scores = household.reward.call("work", 2.0)
+    trained = household.policy.call("work", 0.0, scores)
+    household.kill_reward_after("reward begins")
+    assert trained.result() == "policy"
+    assert household.days == [
+        "policy rests",
+        "reward wakes",
+        "reward begins",
+        "reward built",
+        "reward begins",
+        "reward ends",
+        "reward rests",
+        "policy wakes",
+        "policy begins",
+        "policy ends",
+    ]
+    assert household.losses.losses == household.losses.returns == {"reward": 1}
+
+
+def test_a_role_that_dies_at_rest_is_replaced_when_the_devices_are_its_own(household: Household) -> None:
+    household.policy.call("work", 4.0)
+    scores = household.reward.call("work", 0.0)
+    household.kill_reward_after("policy begins")
+    assert scores.result() == "reward"
+    assert household.days == [
+        "policy begins",
+        "policy ends",
+        "policy rests",
+        "reward built",
+        "reward wakes",
+        "reward begins",
+        "reward ends",
+    ]
+    assert household.losses.losses == household.losses.returns == {"reward": 1}
+
+
+def test_none_is_replaced_where_another_has_died_before_its_turn(household: Household) -> None:
+    """Who has the devices then is not known."""
+    household.policy.call("work", 4.0)
+    scores = household.reward.call("work", 0.0)
+    household.kill_reward_after("policy begins")
+    assert kill(processes(household.folder)["policy"])
+    with pytest.raises(WorkerLost, match="its process died"):
+        scores.result()
+    assert not household.losses.losses
+    assert "reward built" not in household.days

@@ -32,6 +32,11 @@ class Worker:
     def who(self) -> tuple[int, int]:
         return self.rank, os.getpid()
 
+    def title(self) -> str:
+        """Of this process, as `ps` shows it."""
+        with open("/proc/self/cmdline") as line:
+            return line.read().rstrip("\0")
+
     def tagged(self, value: int) -> int:
         """A value that says which rank made it."""
         return 100 * self.rank + value
@@ -129,3 +134,27 @@ class Worker:
 class Restless(Worker):
     def rest(self) -> None:
         raise RuntimeError("no")
+
+
+class Diarist:
+    """Notes what happens to it in a file that all share."""
+
+    def __init__(self, name: str, diary: str) -> None:
+        self.name, self.diary = name, diary
+        self.note("built")
+
+    def note(self, what: str) -> None:
+        with open(self.diary, "a") as diary:
+            diary.write(f"{self.name} {what}\n")
+
+    def rest(self) -> None:
+        self.note("rests")
+
+    def wake(self, weights_only: bool) -> None:
+        self.note("wakes")
+
+    def work(self, seconds: float, *after: object) -> str:
+        self.note("begins")
+        time.sleep(seconds)
+        self.note("ends")
+        return self.name

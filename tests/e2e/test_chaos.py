@@ -86,3 +86,15 @@ def test_every_other_role_may_die_before_there_is_a_checkpoint(
         assert train(f"without-{whom}") == 0
     assert killer.killed == [whom]
     assert_same_run(run, calm)
+
+
+@pytest.mark.slow
+def test_frozen_roles_that_share_devices_are_replaced_in_their_place(workplace: Path) -> None:
+    shared = ["placement.mode=colocated", "training.zero_stage=1"]
+    assert train("shared-calm", *shared) == 0
+    run = workplace / "runs" / "shared"
+    with Killer(run, [(1, 0.0, "reference"), (3, 0.1, "reward")]) as killer:
+        assert train("shared", *shared) == 0
+    assert killer.killed == ["reference", "reward"]
+    assert_same_run(run, workplace / "runs" / "shared-calm")
+    assert events(run) == [(event, name) for name in killer.killed for event in ("lost", "returned")]
