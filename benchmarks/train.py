@@ -15,8 +15,9 @@ counts of computed tokens promise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from benchmarks.paired import Goal, Options, Result, compare, run_claim
 from benchmarks.updates import (
     LENGTHS,
     BareDeepSpeed,
+    Precision,
+    Update,
+    assert_same_update,
     lengths_of,
     model_of,
     num_tokens,
@@ -78,27 +82,43 @@ SHARE = 0.8
 
 
 def measure(options: Options) -> list[Result]:
-    section, precision = online_section(), precision_of(options)
-    training = TrainingSection(precision=precision, tokens_per_micro_batch=512 if options.quick else 4096)
-    worker = PolicyWorker(model_of(options), worker_spec(training, section), section)
+    worker = worker_of(options, precision_of(options))
     return [against_deepspeed(options, worker), *shared_prompts(options, worker)]
 
 
-def against_deepspeed(options: Options, worker: PolicyWorker) -> Result:
-    training, precision = worker.spec.training, precision_of(options)
+def worker_of(options: Options, precision: Precision) -> PolicyWorker:
+    section = online_section()
+    training = TrainingSection(precision=precision, tokens_per_micro_batch=512 if options.quick else 4096)
+    return PolicyWorker(model_of(options), worker_spec(training, section), section)
+
+
+@dataclass
+class Work:
+    """A batch, the micro-batches that both arms cut it into, the plain loop, and both updates."""
+
+    batch: RLBatch
+    micro_batches: list[RLBatch]
+    bare: BareDeepSpeed
+    arms: tuple[Update, Update]
+
+
+def work_of(options: Options, worker: PolicyWorker) -> Work:
+    training = worker.spec.training
     rollouts = rollouts_of(lengths_of(options), len(worker.tokenizer))
     batch = rl_batch(rollouts, worker.logprobs(rollouts))
     budget = training.tokens_per_micro_batch
     (plan,) = plan_micro_batches(batch.prompts.lengths + batch.responses.lengths, 1, budget)
     micro_batches = [batch.select(rows) for rows in plan]
     bare = BareDeepSpeed(model_of(options), training, PlainPolicy)
-    ours, baseline = pair_of_arms(
-        our_update(worker, batch),
-        lambda: bare.update(micro_batches, collated),
-        num_tokens(batch),
-        precision,
-    )
-    head = _faster_head(bare.engine.module, baseline)
+    plain = partial(bare.update, micro_batches, collated)
+    return Work(batch, micro_batches, bare, (our_update(worker, batch), plain))
+
+
+def against_deepspeed(options: Options, worker: PolicyWorker) -> Result:
+    assert_same_update(work_of(options, worker_of(options, "float32")).arms)
+    work = work_of(options, worker)
+    ours, baseline = pair_of_arms(*work.arms, num_tokens(work.batch), precision_of(options))
+    head = _faster_head(work.bare.engine.module, baseline)
     return compare(
         "train",
         ours,
@@ -108,7 +128,11 @@ def against_deepspeed(options: Options, worker: PolicyWorker) -> Result:
         pairs=options.pairs,
         warmups=options.warmups,
         say=options.say,
-        notes={"tokens": num_tokens(batch), "micro_batches": len(plan), "baseline_head": head},
+        notes={
+            "tokens": num_tokens(work.batch),
+            "micro_batches": len(work.micro_batches),
+            "baseline_head": head,
+        },
     )
 
 
@@ -134,9 +158,9 @@ def _shared(
     worker: PolicyWorker,
     rollouts: Rollouts,
     case: str,
-    work: Callable[[], tuple[float, float]],
+    work: Update,
 ) -> Result:
-    def with_sharing(share_prompts: bool) -> Callable[[], tuple[float, float]]:
+    def with_sharing(share_prompts: bool) -> Update:
         own = worker.spec.training.model_copy(update={"share_prompts": share_prompts})
         spec = replace(worker.spec, training=own)
 
@@ -177,7 +201,7 @@ def computed_tokens(rollouts: Rollouts, layout: Layout, token_budget: int) -> in
     return total
 
 
-def _logprobs(worker: PolicyWorker, rollouts: Rollouts) -> Callable[[], tuple[float, float]]:
+def _logprobs(worker: PolicyWorker, rollouts: Rollouts) -> Update:
     """Their mean, which may be off as a loss may, and their size."""
 
     def run() -> tuple[float, float]:

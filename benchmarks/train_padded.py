@@ -7,14 +7,11 @@ and answers on the right to the longest of the micro-batch (many trainers pad to
 batch, which costs more), and runs the plain model on the rectangle. It takes as many rows as the token budget
 of ours has room for when they are the longest: the same memory. What it computes in vain is known from the
 lengths, and ours should be faster by nearly that factor.
-
-That both compute the same loss and gradient is asserted in float32. In bfloat16 on a CPU they do not: the
-padded loop's gradient comes out too small, so there each arm is held to its own first run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,13 +25,14 @@ from benchmarks.paired import Goal, Options, Result, compare, run_claim
 from benchmarks.updates import (
     BareDeepSpeed,
     Precision,
-    Updates,
-    assert_alike,
+    Update,
+    assert_same_update,
     lengths_of,
     model_of,
     num_tokens,
     online_section,
     our_update,
+    pair_of_arms,
     precision_of,
     rl_batch,
     rollouts_of,
@@ -78,16 +76,15 @@ def padded_logprobs(model: nn.Module, rows: RLBatch, device: torch.device) -> to
 
 
 @dataclass
-class Arms:
-    """Both updates of one batch: loss and gradient norm. The micro-batches are those of the padded loop."""
+class Work:
+    """A batch, and both updates of it. The micro-batches are those of the padded loop."""
 
-    ours: Callable[[], tuple[float, float]]
-    padded: Callable[[], tuple[float, float]]
     batch: RLBatch
     micro_batches: list[RLBatch]
+    arms: tuple[Update, Update]
 
 
-def arms_of(options: Options, precision: Precision) -> Arms:
+def work_of(options: Options, precision: Precision) -> Work:
     model, section = model_of(options), online_section()
     training = TrainingSection(precision=precision, tokens_per_micro_batch=1024 if options.quick else 4096)
     worker = PolicyWorker(model, worker_spec(training, section), section)
@@ -96,21 +93,15 @@ def arms_of(options: Options, precision: Precision) -> Arms:
     micro_batches = [batch.select(rows) for rows in fixed_rows(batch, training.tokens_per_micro_batch)]
     bare = BareDeepSpeed(model, training)
     padded = partial(bare.update, micro_batches, padded_logprobs)
-    return Arms(our_update(worker, batch), padded, batch, micro_batches)
-
-
-def assert_same_update(options: Options) -> None:
-    arms = arms_of(options, "float32")
-    assert_alike(arms.ours(), arms.padded(), "float32")
+    return Work(batch, micro_batches, (our_update(worker, batch), padded))
 
 
 def measure(options: Options) -> list[Result]:
-    assert_same_update(options)
+    assert_same_update(work_of(options, "float32").arms)
     precision = precision_of(options)
-    arms = arms_of(options, precision)
-    batch, micro_batches = arms.batch, arms.micro_batches
-    ours = Updates(arms.ours, num_tokens(batch), precision)
-    baseline = Updates(arms.padded, num_tokens(batch), precision)
+    work = work_of(options, precision)
+    batch, micro_batches = work.batch, work.micro_batches
+    ours, baseline = pair_of_arms(*work.arms, num_tokens(batch), precision)
     promised = padded_tokens(micro_batches) / num_tokens(batch)
     return [
         compare(
