@@ -18,6 +18,7 @@ from tests.e2e.runs import EXACT, PIPELINE, Tree, weights, write_config
 
 pytestmark = [
     pytest.mark.actors,
+    pytest.mark.slow,
     pytest.mark.usefixtures("ray_cluster"),
     pytest.mark.timeout(300),  # the first test waits for the whole run
 ]

@@ -17,6 +17,7 @@ from tests.e2e.runs import EXACT, Tree, contents, untimed, weights, write_config
 
 pytestmark = [
     pytest.mark.actors,
+    pytest.mark.slow,
     pytest.mark.timeout(900),  # the first test waits for whole runs
 ]
 
@@ -132,7 +133,6 @@ def on_what_was_collected(rlhf_ray: CommandLine, **options: object) -> RunFolder
     return RunFolder(rlhf_ray.folder / folder)
 
 
-@pytest.mark.slow
 def test_kto_takes_pairs_apart_and_its_reference_may_answer_in_every_step(
     rlhf_ray: CommandLine, run: Path
 ) -> None:
@@ -147,7 +147,6 @@ def test_kto_takes_pairs_apart_and_its_reference_may_answer_in_every_step(
     assert not (folder.path / "reference").exists() and (folder.logs / "reference.log").exists()
 
 
-@pytest.mark.slow
 def test_no_reference_is_started_where_none_is_needed(rlhf_ray: CommandLine, run: Path) -> None:
     folder = on_what_was_collected(rlhf_ray, algorithm="orpo", max_steps=1)
     assert 0 <= float(read_metrics(folder.metrics_path)[-1]["eval/accuracy"]) <= 1
