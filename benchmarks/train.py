@@ -15,7 +15,7 @@ counts of computed tokens promise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -82,8 +82,17 @@ SHARE = 0.8
 
 
 def measure(options: Options) -> list[Result]:
+    if precision_of(options) != "float32":
+        assert_same_updates(options, worker_of(options, "float32"))
     worker = worker_of(options, precision_of(options))
     return [against_deepspeed(options, worker), *shared_prompts(options, worker)]
+
+
+def assert_same_updates(options: Options, worker: PolicyWorker) -> None:
+    """Of all that is compared; where the runs that are timed are in float32, they show it themselves."""
+    assert_same_update(work_of(options, worker).arms)
+    for _, _, batch in groups_of(options, worker):
+        assert_same_update(sharing_arms(worker, our_update(worker, batch)))
 
 
 def worker_of(options: Options, precision: Precision) -> PolicyWorker:
@@ -115,7 +124,6 @@ def work_of(options: Options, worker: PolicyWorker) -> Work:
 
 
 def against_deepspeed(options: Options, worker: PolicyWorker) -> Result:
-    assert_same_update(work_of(options, worker_of(options, "float32")).arms)
     work = work_of(options, worker)
     ours, baseline = pair_of_arms(*work.arms, num_tokens(work.batch), precision_of(options))
     head = _faster_head(work.bare.engine.module, baseline)
@@ -136,31 +144,20 @@ def against_deepspeed(options: Options, worker: PolicyWorker) -> Result:
     )
 
 
-def shared_prompts(options: Options, worker: PolicyWorker) -> list[Result]:
-    """The update and the log-probs that go before it, with and without sharing, by one and the same worker:
-    its weights do not move."""
+def groups_of(options: Options, worker: PolicyWorker) -> Iterator[tuple[str, Rollouts, RLBatch]]:
+    """Several answers to each prompt: the name of their lengths, and the batch."""
     shapes = {"short answers": SHORT_ANSWERS[:16] if options.quick else SHORT_ANSWERS}
     if not options.quick:
         shapes["recorded lengths"] = LENGTHS
-    results = []
     for name, lengths in shapes.items():
         rollouts = rollouts_of(lengths, len(worker.tokenizer), GROUP)
-        batch = rl_batch(rollouts, worker.logprobs(rollouts))
-        works = {"update": our_update(worker, batch), "log-probs": _logprobs(worker, rollouts)}
-        results += [
-            _shared(options, worker, rollouts, f"{name}, {what}", work) for what, work in works.items()
-        ]
-    return results
+        yield name, rollouts, rl_batch(rollouts, worker.logprobs(rollouts))
 
 
-def _shared(
-    options: Options,
-    worker: PolicyWorker,
-    rollouts: Rollouts,
-    case: str,
-    work: Update,
-) -> Result:
-    def with_sharing(share_prompts: bool) -> Update:
+def sharing_arms(worker: PolicyWorker, work: Update) -> tuple[Update, Update]:
+    """The same work by the same worker, whose weights do not move: with sharing, and without."""
+
+    def arm(share_prompts: bool) -> Update:
         own = worker.spec.training.model_copy(update={"share_prompts": share_prompts})
         spec = replace(worker.spec, training=own)
 
@@ -170,8 +167,23 @@ def _shared(
 
         return run
 
+    return arm(True), arm(False)
+
+
+def shared_prompts(options: Options, worker: PolicyWorker) -> list[Result]:
+    """The update and the log-probs that go before it, with and without sharing."""
+    results = []
+    for name, rollouts, batch in groups_of(options, worker):
+        works = {"update": our_update(worker, batch), "log-probs": _logprobs(worker, rollouts)}
+        results += [
+            _shared(options, worker, rollouts, f"{name}, {what}", work) for what, work in works.items()
+        ]
+    return results
+
+
+def _shared(options: Options, worker: PolicyWorker, rollouts: Rollouts, case: str, work: Update) -> Result:
     precision, tokens = precision_of(options), num_tokens(rollouts)
-    ours, baseline = pair_of_arms(with_sharing(True), with_sharing(False), tokens, precision)
+    ours, baseline = pair_of_arms(*sharing_arms(worker, work), tokens, precision)
     budget = worker.spec.training.tokens_per_micro_batch
     shared, alone = (computed_tokens(rollouts, layout, budget) for layout in ("shared", "padded"))
     return compare(

@@ -17,8 +17,6 @@ USUAL_GPUS = 8
 """Of a node, where nobody says."""
 CPUS_PER_GPU, GIB_PER_GPU = 8, 64
 """Of a node, where nobody says; one without a GPU is counted as one with a single GPU."""
-ENGINES = ("engine", "judge", "feedback")
-"""Roles whose actors may have several devices each."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def _pools(config: RunConfig, roles: Sequence[str]) -> dict[str, int]:
     writes as `gpus` is then a part of a device, and makes no more of them."""
     sizes: dict[str, int] = {}
     for role in roles:
-        width = config.engine.tensor_parallel_size if role in ENGINES else 1
+        width = config.engine.tensor_parallel_size if config.placement.is_engine(role) else 1
         pool = config.placement.pool_of(role)
         sizes[pool] = max(sizes.get(pool, 0), _section(config, role).count * width)
     return sizes

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from rlhf_ray.config.schema import (
     EnsembleReward,
-    FrozenRoleSection,
     JudgeReward,
     ModelReward,
     ModelSection,
@@ -48,33 +47,26 @@ class Cast:
 
     def wanted(self, config: RunConfig) -> list[Wanted]:
         """What placement gives them."""
-        placement, width = config.placement, config.engine.tensor_parallel_size
         online = config.online if self.stage == "online" else None
         is_apart = online is not None and (online.max_lag > 0 or online.stragglers == "drop")
-        found = [_wanted("policy", placement.policy)] if self.trains else []
-        if self.critic is not None:
-            found.append(_wanted("critic", placement.critic))
-        if self.reference is not None:
-            found.append(_wanted_frozen("reference", placement.reference, width))
-        if self.rewards:
-            found.append(_wanted_frozen("reward", placement.reward, width))
-        if self.judge is not None:
-            found.append(_wanted("judge", placement.judge, width))
-        if self.engine:
-            found.append(_wanted("engine", placement.engine, width, is_apart))
-        return found
+        used = {
+            "policy": self.trains,
+            "critic": self.critic is not None,
+            "reference": self.reference is not None,
+            "reward": bool(self.rewards),
+            "judge": self.judge is not None,
+            "engine": self.engine,
+        }
 
+        def wanted(role: str) -> Wanted:
+            section: RoleSection = getattr(config.placement, role)
+            width = config.engine.tensor_parallel_size if config.placement.is_engine(role) else 1
+            share = None if section.gpus == "auto" else section.gpus
+            if share is not None and share > 1:
+                width = max(width, int(share))
+            return Wanted(role, section.count, width, share, is_apart and role == "engine")
 
-def _wanted_frozen(role: str, section: FrozenRoleSection, width: int) -> Wanted:
-    """Args: width: devices of an engine."""
-    return _wanted(role, section, width if section.backend == "vllm" else 1)
-
-
-def _wanted(role: str, section: RoleSection, width: int = 1, is_apart: bool = False) -> Wanted:
-    share = None if section.gpus == "auto" else section.gpus
-    if share is not None and share > 1:
-        width = max(width, int(share))
-    return Wanted(role, section.count, width, share, is_apart)
+        return [wanted(role) for role, is_used in used.items() if is_used]
 
 
 def main_stage(config: RunConfig) -> StageName:

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from rlhf_ray.reporting.metrics_log import MetricsRow, read_metrics
+from tests.command_line import CommandLine
 from tests.tiny import tiny_model_folder
 
 Tree = dict[str, object]
@@ -122,6 +123,14 @@ def make_workplace(folder: Path) -> Path:
 def write_config(path: Path, tree: Tree) -> Path:
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
+
+
+def two_steps(rlhf_ray: CommandLine, name: str, *overrides: str) -> Path:
+    """The folder of a run of the online stage that ended well."""
+    settings = (f"output_dir=runs/{name}", "online.num_steps=2", *overrides)
+    finished = rlhf_ray.run("train", "online.yaml", *settings, timeout=400)
+    assert finished.code == 0, finished.err
+    return rlhf_ray.folder / "runs" / name
 
 
 def untimed(run: Path) -> list[MetricsRow]:

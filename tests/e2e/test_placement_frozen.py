@@ -10,24 +10,12 @@ import torch
 from rlhf_ray.config.schema import ModelSection
 from rlhf_ray.models.loading import load_scalar_model, load_tokenizer, save_model_folder
 from tests.command_line import CommandLine
-from tests.e2e.runs import rollouts, untimed
+from tests.e2e.runs import rollouts, two_steps, untimed
 
 pytestmark = [pytest.mark.actors, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def run(rlhf_ray: CommandLine, name: str, *overrides: str) -> Path:
-    """Two steps of PPO against a reward model."""
-    finished = rlhf_ray.run(
-        "train",
-        "online.yaml",
-        f"output_dir=runs/{name}",
-        "online.rewards=[{type: model, path: reward-model}]",
-        "online.num_steps=2",
-        *overrides,
-        timeout=400,
-    )
-    assert finished.code == 0, finished.err
-    return rlhf_ray.folder / "runs" / name
+REWARD_MODEL = "online.rewards=[{type: model, path: reward-model}]"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +26,7 @@ def plain(rlhf_ray: CommandLine) -> Path:
         network.score.weight.mul_(30)
     tensors = dict(network.named_parameters())
     save_model_folder(network, tensors, load_tokenizer(policy), rlhf_ray.folder / "reward-model")
-    return run(rlhf_ray, "frozen-plain")
+    return two_steps(rlhf_ray, "frozen-plain", REWARD_MODEL)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +42,7 @@ def test_frozen_models_say_the_same_wherever_they_run(
     rlhf_ray: CommandLine, plain: Path, overrides: list[str], request: pytest.FixtureRequest
 ) -> None:
     name = request.node.callspec.id
-    other = run(rlhf_ray, f"frozen-{name}", *overrides)
+    other = two_steps(rlhf_ray, f"frozen-{name}", REWARD_MODEL, *overrides)
     ours, theirs = rollouts(other, 1), rollouts(plain, 1)
     assert [row["response"] for row in ours] == [row["response"] for row in theirs]
     one, two = untimed(plain)[0], untimed(other)[0]

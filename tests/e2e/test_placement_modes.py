@@ -8,33 +8,22 @@ import pytest
 
 from rlhf_ray.reporting.metrics_log import read_metrics
 from tests.command_line import CommandLine
-from tests.e2e.runs import assert_same_weights, rollouts, untimed
+from tests.e2e.runs import assert_same_weights, rollouts, two_steps, untimed
 
 pytestmark = [pytest.mark.actors, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def run(rlhf_ray: CommandLine, name: str, *overrides: str) -> Path:
-    finished = rlhf_ray.run(
-        "train",
-        "online.yaml",
-        f"output_dir=runs/{name}",
-        "training.zero_stage=1",
-        "online.num_steps=2",
-        *overrides,
-        timeout=400,
-    )
-    assert finished.code == 0, finished.err
-    return rlhf_ray.folder / "runs" / name
+ZERO_1 = "training.zero_stage=1"
 
 
 @pytest.fixture(scope="module")
 def apart(rlhf_ray: CommandLine) -> Path:
-    return run(rlhf_ray, "apart")
+    return two_steps(rlhf_ray, "apart", ZERO_1)
 
 
 @pytest.mark.parametrize("mode", ["colocated", "disaggregated"])
 def test_where_roles_are_changes_nothing(rlhf_ray: CommandLine, apart: Path, mode: str) -> None:
-    together = run(rlhf_ray, mode, f"placement.mode={mode}")
+    together = two_steps(rlhf_ray, mode, ZERO_1, f"placement.mode={mode}")
     assert untimed(together) == untimed(apart)
     assert rollouts(together, 1) == rollouts(apart, 1)
     assert_same_weights(together, apart)
@@ -46,9 +35,10 @@ def test_where_roles_are_changes_nothing(rlhf_ray: CommandLine, apart: Path, mod
 
 def test_a_reference_and_sequences_in_parts(rlhf_ray: CommandLine, apart: Path) -> None:
     """Two ranks of everything that is trained share every sequence, and two hold the reference."""
-    parts = run(
+    parts = two_steps(
         rlhf_ray,
         "parts",
+        ZERO_1,
         "placement.mode=colocated",
         "placement.policy.count=2",
         "placement.critic.count=2",

@@ -76,6 +76,10 @@ def test_roles_that_share_devices_take_those_of_the_largest() -> None:
     wide = "engine.tensor_parallel_size=4"
     assert sized("placement.mode=colocated", *shared).gpus == 8
     assert sized("placement.mode=colocated", *shared, wide) == Nodes(2, 8, 64, 512)
+    served = ["placement.engine.count=1", wide, "placement.reference.count=3"]
+    assert sized("placement.mode=colocated", *shared, *served) == Nodes(1, 8, 64, 512), "three ranks"
+    served.append("placement.reference.backend=vllm")
+    assert sized("placement.mode=colocated", *shared, *served) == Nodes(2, 8, 64, 512), "three engines"
     assert sized("placement.mode=disaggregated", *shared, wide, gpus_per_node=4) == Nodes(5, 4, 32, 256)
     assert sized("placement.mode=colocated", *shared, nodes=3, gpus_per_node=0) == Nodes(3, 0, 8, 64)
     with pytest.raises(UserError, match=r"asks for 8 GPUs, and 1 x 4 are 4"):

@@ -242,6 +242,13 @@ class PlacementSection(Section):
             return "generation" if role == "engine" else "training"
         return role
 
+    def is_engine(self, role: str) -> bool:
+        """Whether an actor of the role is an engine, which may have several devices."""
+        if role in ("reference", "reward"):
+            frozen: FrozenRoleSection = getattr(self, role)
+            return frozen.backend == "vllm"
+        return role not in ("policy", "critic")
+
     @model_validator(mode="after")
     def _pools_agree(self) -> PlacementSection:
         """What is said of a device is said once, or alike by all who share it."""
