@@ -181,7 +181,7 @@ class HuggingFace:
 
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, section.dtype))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, section.number_format))
         self._model = loaded.to(self._device).eval()
         self._model.generation_config = type(self._model.generation_config)()
 

@@ -42,6 +42,7 @@ from benchmarks.stage import model_folder, open_stage
 from launch.cluster import usable_cpus
 from launch.memory import model_size
 from rlhf_ray.config.schema import EngineSection, ModelSection
+from rlhf_ray.engines.number_formats import multiplies_bfloat16
 from rlhf_ray.errors import RlhfRayError, UserError
 
 OURS, HUGGING_FACE = "rlhf_ray", "transformers"
@@ -292,7 +293,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--equal", action="store_true", help="all answers of a call equally long")
     found.add_argument("--engines", nargs="+", type=positive, default=[1])
     found.add_argument("--tensor-parallel", nargs="+", type=positive, default=[1], help="GPUs of an engine")
-    found.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    found.add_argument("--dtype", choices=("bfloat16", "float32"), default=None)
     found.add_argument("--gpu-memory-utilization", type=float, default=0.85, help="share of each GPU")
     found.add_argument("--cpu-kv-cache-gib", type=float, default=2.0, help="of each engine, without a GPU")
     found.add_argument("--repeats", type=positive, default=3, help="calls of each, after one to warm up")
@@ -323,7 +324,7 @@ def sweep_of(args: argparse.Namespace, folder: Path, machine: Machine, say: Call
             for concurrency in sorted(args.concurrency)
         ],
         section=EngineSection(
-            dtype=args.dtype,
+            dtype=args.dtype or ("bfloat16" if multiplies_bfloat16() else "float32"),
             max_num_seqs=max(args.concurrency),
             gpu_memory_utilization=args.gpu_memory_utilization,
             cpu_kv_cache_gib=args.cpu_kv_cache_gib,

@@ -10,6 +10,7 @@ from threading import Event
 
 from launch.artefacts import Artefacts
 from launch.cluster import cluster
+from launch.number_formats import with_number_formats
 from launch.stages.context import StageContext
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.model_checks import path_mistakes
@@ -46,7 +47,7 @@ def open_stage(model: Path, folder: Path, overrides: Sequence[str] = ()) -> Iter
     config = load_config(CONFIG, words)
     with cluster(config.cluster):
         yield StageContext(
-            config=config,
+            config=with_number_formats(config, print),
             name="online",
             turn=1,
             artefacts=Artefacts.at_start(config),

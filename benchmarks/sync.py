@@ -125,7 +125,7 @@ def floor(context: StageContext, model: Path, probe: Ragged, threads: int, logs:
     with (
         Peer(
             "benchmarks.sync_floor:FloorTrainer",
-            {**shared, "dtype": engine_section.dtype},
+            {**shared, "dtype": engine_section.number_format},
             log=logs / "floor-trainer.log",
             environment=threaded | devices[0],
         ) as trainer,

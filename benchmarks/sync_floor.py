@@ -90,11 +90,12 @@ class FloorTrainer:
 
     @torch.no_grad()
     def probe(self, sequences: Ragged) -> Ragged:
-        """Log-probs of all tokens after each row's first, under bfloat16 autocast as in our trainer."""
+        """Log-probs of all tokens after each row's first, as our trainer computes them."""
         rows = []
         for tokens in sequences:
             ids = torch.tensor(tokens.tolist(), device=self._flat.device)
-            with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+            is_mixed = self._flat.dtype == torch.bfloat16
+            with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=is_mixed):
                 logits = self._model(ids[None], use_cache=False).logits[0, :-1].float()
             logprobs = logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
             rows.append(logprobs.cpu().numpy())
@@ -106,7 +107,7 @@ class FloorEngine(VLLMGenerator):
 
     def __init__(self, model: str, section: EngineSection, max_model_len: int, threads: int) -> None:
         super().__init__(model, section, max_model_len, threads=threads, seed=0, version=0)
-        self._dtype = getattr(torch, section.dtype)
+        self._dtype = getattr(torch, section.number_format)
 
     def connect(
         self, port: int, backend: Backend, layout: Layout, handle: tuple[Any, ...] | None = None

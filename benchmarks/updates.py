@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from benchmarks.paired import Options
 from rlhf_ray.config.schema import EMBEDDED_MODEL, ModelSection, OnlineSection, TrainingSection
 from rlhf_ray.engines.deepspeed_engine import World
+from rlhf_ray.engines.number_formats import multiplies_bfloat16
 from rlhf_ray.models.loading import load_policy_model, materialise
 from rlhf_ray.types import Ragged, RLBatch, Rollouts
 from rlhf_ray.workers.model_worker import WorkerSpec
@@ -68,8 +69,9 @@ def model_of(options: Options) -> ModelSection:
 
 
 def precision_of(options: Options) -> Precision:
-    """A quick run asks whether the arms agree, and float32 answers that best."""
-    return "float32" if options.quick else "mixed"
+    """As training does here by itself; a quick run asks whether the arms agree, and float32 answers that
+    best."""
+    return "mixed" if multiplies_bfloat16() and not options.quick else "float32"
 
 
 def lengths_of(options: Options) -> tuple[tuple[int, int], ...]:
@@ -268,9 +270,7 @@ class BareDeepSpeed:
         num_answers = sum(len(rows) for rows in micro_batches)
         total = 0.0
         for rows in micro_batches:
-            with torch.autocast(
-                self.device.type, dtype=torch.bfloat16, enabled=self.training.precision == "mixed"
-            ):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.training.uses_bfloat16):
                 loss = self._loss(logprobs(self.engine, rows, self.device), rows) / num_answers
             self.engine.backward(loss)
             total += loss.item()

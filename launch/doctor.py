@@ -43,7 +43,10 @@ PROBES = {
 import torch
 of, indices = torch.cuda.get_device_properties, range(torch.cuda.device_count())
 gpus = ", ".join(f"{of(i).name} ({of(i).total_memory / 2**30:.0f} GiB)" for i in indices)
-facts = {"CUDA": str(torch.version.cuda), "GPUs": gpus or "none"}""",
+from rlhf_ray.engines.number_formats import multiplies_bfloat16
+facts = {"CUDA": str(torch.version.cuda), "GPUs": gpus or "none"}
+facts["bfloat16"] = "yes" if multiplies_bfloat16() else "no"
+""",
     "torchvision": "import torchvision; facts = {'fits torch': 'yes'}",
     "deepspeed": """
 import deepspeed
@@ -163,6 +166,9 @@ def check_limits(machine: Machine, outcomes: Mapping[str, Outcome], wandb_login:
             why = "an NVIDIA driver is loaded, but torch sees no GPU"
             remedy = f"RLHF_RAY_VLLM=gpu {SET_UP}; a container must be given the GPU"
         limits.append(("Weight sync by nccl or ipc, FP8, FlashAttention, engine sleep", why, remedy))
+    if outcomes["torch"].facts.get("bfloat16") == "no":
+        why = "this CPU has no AVX-512: training and engines compute in float32"
+        limits.append(("Speed, and memory for large models", why, "a machine with AVX-512, or a GPU"))
     if machine.memory < QUICKSTART_MEMORY:
         why = f"it wants {size(QUICKSTART_MEMORY)} of memory, here are {size(machine.memory)}"
         limits.append(("Perhaps the quickstart", why, "a smaller training.tokens_per_micro_batch"))

@@ -10,6 +10,7 @@ from rich.console import Console
 from launch.artefacts import Artefacts
 from launch.cluster import cluster
 from launch.interrupts import stopping_after_a_step, stopping_by_itself
+from launch.number_formats import with_number_formats
 from launch.stages import STAGE_RUNNERS
 from launch.stages.context import StageContext
 from rlhf_ray.config.checks import check_config
@@ -66,6 +67,7 @@ def run_checked(config: RunConfig, *, quiet: bool = False) -> RunResult:
         done = {name for name, folder in folders.items() if config.resume == "auto" and _is_done(folder)}
         if len(done) < len(folders):
             stack.enter_context(cluster(config.cluster))
+            config = with_number_formats(config, progress.message)
         if is_pipeline:
             root.begin(record, resume=config.resume == "auto")
             stack.enter_context(root.recording_outcome())

@@ -21,6 +21,7 @@ from rlhf_ray.data.cursor import Cursor
 from rlhf_ray.data.encoding import encode_prompts
 from rlhf_ray.data.formats import prompt_examples
 from rlhf_ray.data.loading import load_rows
+from rlhf_ray.engines.number_formats import multiplies_bfloat16
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.loading import eos_token_ids, load_tokenizer, materialise
 from rlhf_ray.reporting.lineage import lineage_path, read_lineage
@@ -121,6 +122,7 @@ def work_of(config: RunConfig) -> Work:
         kv_cache_gib=config.engine.cpu_kv_cache_gib,
         max_num_seqs=config.engine.max_num_seqs,
         threads=len(os.sched_getaffinity(0)),
+        uses_bfloat16=config.training.uses_bfloat16 and multiplies_bfloat16(),
         extract=reward.extract,
     )
 

@@ -4,9 +4,9 @@ python -m benchmarks.peers.plain_grpo WORK OUT
 
 What a good engineer would write in a day for one machine: answers to one prompt share its prefix in the
 engine; rows of similar length share a pass within a budget of tokens, without attention masks; the head is
-applied where answers are, and to nothing else; float32 weights under bfloat16 autocast, fused AdamW; new
-weights go into the engine in place, without a copy over any wire. It measures nothing that training does not
-need: no entropy, no lineage, no verification of the engine's weights but one assertion.
+applied where answers are, and to nothing else; float32 weights, under bfloat16 autocast where that is fast,
+fused AdamW; new weights go into the engine in place, without a copy over any wire. It measures nothing that
+training does not need: no entropy, no lineage, no verification of the engine's weights but one assertion.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Engine:
             work.model,
             skip_tokenizer_init=True,
             generation_config="vllm",
-            dtype="bfloat16",
+            dtype="bfloat16" if work.uses_bfloat16 else "float32",
             max_model_len=work.max_prompt_length + work.max_completion_length,
             max_num_seqs=work.max_num_seqs,
             kv_cache_memory_bytes=int(work.kv_cache_gib * 2**30),
@@ -104,7 +104,7 @@ class Engine:
         )
 
         config = self.llm.llm_engine.vllm_config.model_config
-        weights = ((name, weight.detach().bfloat16()) for name, weight in model.named_parameters())
+        weights = ((name, weight.detach().to(config.dtype)) for name, weight in model.named_parameters())
 
         def put(served: nn.Module) -> None:
             # The engine's kernels keep weights in a form of their own.
@@ -130,7 +130,9 @@ def micro_batches(answers: list[Answer], token_budget: int) -> Iterator[list[Ans
     yield batch
 
 
-def logprobs_of(model: PreTrainedModel, batch: list[Answer], temperature: float) -> Tensor:
+def logprobs_of(
+    model: PreTrainedModel, batch: list[Answer], temperature: float, uses_bfloat16: bool
+) -> Tensor:
     """Of all answer tokens of the batch, row after row."""
     ids = torch.zeros((len(batch), max(map(len, batch))), dtype=torch.long)
     is_source = torch.zeros_like(ids, dtype=torch.bool)  # the position before each answer token
@@ -138,7 +140,7 @@ def logprobs_of(model: PreTrainedModel, batch: list[Answer], temperature: float)
         ids[row, : len(answer)] = torch.tensor(answer.prompt + answer.tokens)
         is_source[row, len(answer.prompt) - 1 : len(answer) - 1] = True
     targets = torch.tensor([token for answer in batch for token in answer.tokens])
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=uses_bfloat16):
         # Right padding under a causal mask: no real token sees it.
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[is_source])
@@ -172,11 +174,14 @@ class Trainer:
         )
         self.generator = torch.Generator().manual_seed(work.seed)
 
+    def _logprobs(self, batch: list[Answer]) -> Tensor:
+        return logprobs_of(self.model, batch, self.work.temperature, self.work.uses_bfloat16)
+
     @torch.no_grad()
     def look(self, answers: list[Answer]) -> None:
         """Log-probs of the policy before it moves."""
         for batch in micro_batches(answers, self.work.tokens_per_micro_batch):
-            found = logprobs_of(self.model, batch, self.work.temperature)
+            found = self._logprobs(batch)
             for answer, own in zip(batch, found.split([len(a.tokens) for a in batch]), strict=True):
                 answer.old_logprobs = own
 
@@ -188,7 +193,7 @@ class Trainer:
             chosen = [answers[row] for row in part.tolist()]
             num_tokens = sum(len(answer.tokens) for answer in chosen)
             for batch in micro_batches(chosen, self.work.tokens_per_micro_batch):
-                logprobs = logprobs_of(self.model, batch, self.work.temperature)
+                logprobs = self._logprobs(batch)
                 (policy_loss(self.work, batch, logprobs) / num_tokens).backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), self.work.max_grad_norm)
             self.optimizer.step()

@@ -4,7 +4,7 @@ python -m benchmarks.peers.trl_grpo WORK OUT
 
 Its fastest settings that leave the work the same, by its source and by trial:
 
-- float32 weights under bfloat16 autocast, as the others train; generation runs under autocast too.
+- float32 weights under bfloat16 autocast where the others train so; generation runs under autocast too.
 - no gradient checkpointing (its default is on), fused AdamW, as many rows a pass as the others' budget of
   tokens holds; no logging, no saving.
 - transformers' generate with its KV cache, all answers of a step in one batch. Continuous batching would
@@ -118,7 +118,7 @@ def settings(work: Work, folder: str) -> GRPOConfig:
     return GRPOConfig(
         output_dir=folder,
         use_cpu=True,
-        bf16=True,
+        bf16=work.uses_bfloat16,
         gradient_checkpointing=False,
         model_init_kwargs={"dtype": "float32"},
         max_steps=len(work.steps) * work.num_mini_batches,

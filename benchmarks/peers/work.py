@@ -34,6 +34,7 @@ class Work:
         steps: the questions of every step, in order.
         tokens_per_micro_batch: budget of padded tokens of one forward and backward pass.
         threads: CPU threads of whatever computes.
+        uses_bfloat16: the trainer under autocast, and in the engine; else all computes in float32.
         extract: the answer within what was said, as a regular expression.
     """
 
@@ -55,6 +56,7 @@ class Work:
     kv_cache_gib: float
     max_num_seqs: int
     threads: int
+    uses_bfloat16: bool
     extract: str | None
 
     @property

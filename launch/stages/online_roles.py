@@ -111,7 +111,7 @@ class OnlineBuilder:
 
     def _policy_and_engines(self) -> tuple[ActorGroup, Backend, ActorGroup]:
         config = self.context.config
-        dtype = torch.bfloat16 if config.engine.dtype == "bfloat16" else torch.float32
+        dtype = getattr(torch, config.engine.number_format)
         engines = self.placement.start("engine", AsyncHost if streams(self.context) else Host)
         policy = self.placement.start("policy")
         backend: Backend = "gloo"  # transformers receives over gloo, whatever device it is on

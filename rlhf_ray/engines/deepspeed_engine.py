@@ -130,7 +130,7 @@ class TrainEngine:
         import deepspeed
 
         self.world = world
-        self.precision = training.precision
+        self.uses_bfloat16 = training.uses_bfloat16
         self.zero_stage = training.zero_stage
         self.lora = training.lora
         config = self._deepspeed_config(optimizer, training)
@@ -196,7 +196,7 @@ class TrainEngine:
         with torch.autocast(
             self.world.device.type,
             dtype=torch.bfloat16,
-            enabled=self.precision == "mixed",
+            enabled=self.uses_bfloat16,
             # What autocast keeps would be the whole model on every rank, of which ZeRO 3 keeps a part.
             cache_enabled=self.zero_stage < 3,
         ):

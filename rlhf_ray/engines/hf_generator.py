@@ -45,7 +45,7 @@ class HFGenerator(TokenGenerator):
         self._eos_ids = list(read_eos_ids(model_folder))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # Any: transformers' annotations of `to` and `generate` do not fit its own classes.
-        dtype = getattr(torch, section.dtype)
+        dtype = getattr(torch, section.number_format)
         read = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, use_safetensors=True)
         self._model = cast(Any, read)
         self._model.to(self._device).eval()

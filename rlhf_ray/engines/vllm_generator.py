@@ -250,7 +250,7 @@ def shared_arguments(
         "model": model_folder,
         "skip_tokenizer_init": True,
         "load_format": "safetensors",  # never a pickle
-        "dtype": section.dtype,
+        "dtype": section.number_format,
         "tensor_parallel_size": section.tensor_parallel_size,
         "max_model_len": max_model_len,
         "max_num_seqs": section.max_num_seqs,

@@ -219,7 +219,7 @@ def frozen(
     tokens = max(training.tokens_per_micro_batch, longest)
     passes = [passing(shape, training, tokens) for shape in shapes]
     heads = [logits(shape, tokens, trains=False) if role == "reference" else 0.0 for shape in shapes]
-    casts = [2.0 * shape.largest_piece if training.precision == "mixed" else 0.0 for shape in shapes]
+    casts = [2.0 * shape.largest_piece if training.uses_bfloat16 else 0.0 for shape in shapes]
     sizes = [shape.parameters if role == "reference" else shape.scalar_parameters for shape in shapes]
     gathered = [_gathered(shape, ranks > 1, ranks) for shape in shapes]
     scoring = _in(role)
@@ -237,7 +237,7 @@ def engine(
     role: str, shape: ModelShape, section: EngineSection, *, longest: int, device: Device
 ) -> RoleMemory:
     """One of an engine's tensor-parallel workers. longest: tokens of a prompt and its answer."""
-    itemsize = 2 if section.dtype == "bfloat16" else 4
+    itemsize = 2 if section.number_format == "bfloat16" else 4
     parts = section.tensor_parallel_size
     weights = itemsize * shape.parameters / parts
     if not device.is_gpu:
@@ -267,7 +267,7 @@ def engine(
 
 def kv_bytes(shape: ModelShape, section: EngineSection) -> int:
     """Of one token, over all tensor-parallel workers."""
-    return shape.kv_bytes(2 if section.dtype == "bfloat16" else 4)
+    return shape.kv_bytes(2 if section.number_format == "bfloat16" else 4)
 
 
 def cache_bytes(memory: RoleMemory) -> float:
@@ -290,7 +290,7 @@ def activations(shape: ModelShape, training: TrainingSection, tokens: int) -> fl
 
 def layer_bytes(shape: ModelShape, training: TrainingSection) -> int:
     """That a layer keeps of a token."""
-    if training.precision == "mixed":
+    if training.uses_bfloat16:
         return (4 * 4 + 5 * 2) * shape.width + 4 * 2 * shape.queries + 4 * 2 * shape.intermediate
     return (4 + 2) * 4 * shape.width + 4 * 4 * shape.queries + 4 * 4 * shape.intermediate
 
@@ -303,7 +303,7 @@ def _moving(shape: ModelShape, training: TrainingSection, tokens: int, is_scalar
 
 def passing(shape: ModelShape, training: TrainingSection, tokens: int) -> float:
     """Of a forward pass without gradient: the widest layer's tensors."""
-    computing = 2 if training.precision == "mixed" else 4
+    computing = 2 if training.uses_bfloat16 else 4
     return float(tokens * (3 * 4 * shape.width + 3 * computing * shape.intermediate))
 
 
@@ -314,7 +314,7 @@ def logits(shape: ModelShape, tokens: int, *, trains: bool) -> float:
 
 def _casts(shape: ModelShape, training: TrainingSection, is_scalar: bool) -> float:
     """The bfloat16 copies of matrices that autocast makes and the backward pass needs."""
-    if training.precision != "mixed":
+    if not training.uses_bfloat16:
         return 0.0
     if training.zero_stage == 3 and training.gradient_checkpointing:
         return 2.0 * shape.largest_piece

@@ -144,7 +144,7 @@ class Clock:
 
     def speed(self, shape: ModelShape, engine: EngineSection) -> Speed:
         """Of one engine. Prompts, each read once a group, are spread over the tokens of the answers."""
-        parts, itemsize = engine.tensor_parallel_size, 2 if engine.dtype == "bfloat16" else 4
+        parts, itemsize = engine.tensor_parallel_size, 2 if engine.number_format == "bfloat16" else 4
         rate = parts * self.device.bandwidth * self.efficiency.read
         products = parts * self.device.flops
         latency = self.device.latency + (2 * ALL_REDUCE * shape.layers if parts > 1 else 0.0)

@@ -50,9 +50,7 @@ class FrozenModel:
             self.module = FrozenParts(build, device)
 
     def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.training.precision == "mixed"
-        )
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.training.uses_bfloat16)
 
     def rest(self) -> None:
         self.module.to("cpu")

@@ -274,7 +274,7 @@ def test_plain_logprobs(model: Path) -> None:
     """Under the same autocast, of answers of several lengths."""
     policy = load_policy_model(ModelSection(path=str(model)))
     answers = answers_of(([1, 40, 41], [50, 51, 2]), ([1, 42], [52, 2]), ([1, 43, 44, 45], [53]))
-    found = plain_grpo.logprobs_of(policy, answers, temperature=0.7)
+    found = plain_grpo.logprobs_of(policy, answers, temperature=0.7, uses_bfloat16=True)
     sequences = Ragged.from_rows([answer.prompt + answer.tokens for answer in answers], np.int32)
     is_source = before_responses(np.array([len(answer.prompt) for answer in answers]), sequences)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

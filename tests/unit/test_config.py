@@ -247,7 +247,7 @@ online:
         "my.yaml:9: online.optimizer.lr=1: unknown key; "
         "known here: learning_rate, lr_scheduler, warmup_steps, weight_decay, max_grad_norm",
         "my.yaml:9: online.optimizer.learning_rate=-1: must be a number greater than 0 and less than 1",
-        "override engine.dtype=float16: must be bfloat16 or float32; did you mean bfloat16?",
+        "override engine.dtype=float16: must be auto, bfloat16 or float32; did you mean bfloat16?",
         "override online.num_stepz=3: unknown key; did you mean num_steps?",
     )
 

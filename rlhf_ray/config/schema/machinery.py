@@ -35,7 +35,9 @@ Attention = Literal["auto", "sdpa", "flash_attention_2", "flash_attention_3"]
 class TrainingSection(Section):
     """How every trained model (policy, critic, reward model) is trained.
 
-    precision: `mixed` is float32 master weights with bfloat16 autocast; `float32` is exact and slow.
+    precision: `mixed` is float32 master weights with bfloat16 autocast; `float32` is exact, and slower where
+    the hardware multiplies bfloat16 numbers. `auto` is mixed there, and float32 on a CPU that does not
+    (without AVX-512), where mixed would take ten times as long.
     tokens_per_micro_batch: budget of padded tokens in one forward/backward; raises or lowers memory, never
     the result.
     packing: sequences of a micro-batch in one row, without padding; pays with FlashAttention on a GPU.
@@ -52,7 +54,7 @@ class TrainingSection(Section):
     rows without a mask.
     """
 
-    precision: Literal["mixed", "float32"] = "mixed"
+    precision: Literal["auto", "mixed", "float32"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 1
     tokens_per_micro_batch: Positive = 4096
     packing: bool = False
@@ -69,6 +71,10 @@ class TrainingSection(Section):
     def lockstep_tokens(self) -> int | None:
         """The most tokens of a forward, where all ranks must take equally many steps through each of them."""
         return self.tokens_per_micro_batch if self.zero_stage == 3 else None
+
+    @property
+    def uses_bfloat16(self) -> bool:
+        return self.precision != "float32"
 
     @property
     def layout(self) -> Layout:
@@ -132,14 +138,22 @@ def _offload_mistakes(training: TrainingSection) -> Iterator[str]:
 
 
 class EngineSection(Section):
-    """The generation engine."""
+    """The generation engine.
+
+    dtype: `auto` is bfloat16, but float32 on a CPU that does not multiply bfloat16 numbers.
+    """
 
     backend: Literal["vllm", "transformers"] = "vllm"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_num_seqs: Positive = 128
     tensor_parallel_size: Positive = 1
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="share of a GPU; not used on CPU")
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="size of the KV cache on CPU")
+
+    @property
+    def number_format(self) -> Literal["bfloat16", "float32"]:
+        """Of the weights and the KV cache."""
+        return "float32" if self.dtype == "float32" else "bfloat16"
 
 
 class SyncSection(Section):
