@@ -25,6 +25,7 @@ class TokenBatch:
             the padding, and packed rows are kept apart by their restarting positions.
         select: [N] indices into the flattened [b * t] positions, in the order of sequences and then tokens.
         targets: [N] the token that follows each selected position (0 after a sequence's last).
+        lengths: of the sequences in a packed row.
         answer_ids: like input_ids, where prompts are shared: 0 in the prompt, else the number of the answer.
             A token sees the prompt and its own answer.
     """
@@ -33,6 +34,7 @@ class TokenBatch:
     position_ids: torch.Tensor | None
     select: torch.Tensor
     targets: torch.Tensor
+    lengths: list[int] | None = None
     answer_ids: torch.Tensor | None = None
 
 
@@ -56,7 +58,8 @@ def collate(
     if len(sequences) == 0:
         token = torch.zeros((1, 1), dtype=torch.long, device=device)
         nothing = torch.empty(0, dtype=torch.long, device=device)
-        return TokenBatch(token, token if layout == "packed" else None, nothing, nothing)
+        is_packed = layout == "packed"
+        return TokenBatch(token, token if is_packed else None, nothing, nothing, [1] if is_packed else None)
     following = np.append(sequences.values[1:], 0).astype(np.int64)
     following[sequences.offsets[1:] - 1] = 0
     if layout == "shared" and prompts is not None and _is_shared(prompts):
@@ -80,6 +83,7 @@ def collate(
         position_ids=filled(column_ids(sequences) if has_several else None),
         select=torch.from_numpy(rectangle.places[is_source]).to(device),
         targets=torch.from_numpy(following[is_source]).to(device),
+        lengths=sequences.lengths.tolist() if layout == "packed" else None,
         answer_ids=filled(rectangle.answer_ids),
     )
 

@@ -16,6 +16,9 @@ from rlhf_ray.models.batching import TokenBatch
 from rlhf_ray.models.sizes import CHUNK_TOKENS
 from rlhf_ray.models.target_stats import Memory, TokenStats, target_stats
 
+BY_ROWS = "sdpa_by_rows"
+"""The name of `row_attention` among the library's kinds of attention."""
+
 
 class SequenceGroup(Protocol):
     """Ranks that share the tokens of every sequence."""
@@ -127,9 +130,10 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
     """[N, H] last hidden states at the selected positions."""
     backbone = getattr(model, model.base_model_prefix)
     positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+    cuts = {"sequence_lengths": batch.lengths} if model.config._attn_implementation == BY_ROWS else {}
     mask = None if batch.answer_ids is None else _own_answer(batch.answer_ids)
     hidden = backbone(
-        input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **positions
+        input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **positions, **cuts
     ).last_hidden_state
     return hidden.flatten(0, 1)[batch.select]
 

@@ -21,7 +21,11 @@ machine's operations a byte: some 70 tokens on a CPU core, some 500 on a large G
 
 
 def plan_micro_batches(
-    lengths: NDArray[np.int64], num_ranks: int, token_budget: int, prompts: Ragged | None = None
+    lengths: NDArray[np.int64],
+    num_ranks: int,
+    token_budget: int,
+    prompts: Ragged | None = None,
+    packed: bool = False,
 ) -> Plan:
     """Group rows of similar length up to a budget of padded tokens, and give every rank an equal share.
 
@@ -33,7 +37,10 @@ def plan_micro_batches(
         lengths: [B] tokens of each row.
         prompts: B rows, where the rows are answers that share their prompts: those to a prompt then go
             together, as many as the budget has room for.
+        packed: nothing is padded, so that rows of any lengths go together.
     """
+    if packed:
+        return _plan_packed(lengths, num_ranks, token_budget)
     if prompts is None:
         return _plan(lengths, num_ranks, token_budget)
     # As `collate` has it, the last token of an answer is not computed.
@@ -44,6 +51,23 @@ def plan_micro_batches(
         [[row for bundle in bundle_ids for row in bundles[bundle]] for bundle_ids in micro_batches]
         for micro_batches in _plan(costs, num_ranks, token_budget)
     ]
+
+
+def _plan_packed(lengths: NDArray[np.int64], num_ranks: int, token_budget: int) -> Plan:
+    """As few micro-batches as the budget allows, all about equally long: the next longest row goes to the
+    shortest of them."""
+    rounds = max(1, -(-int(lengths.sum()) // (token_budget * num_ranks)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(rounds * num_ranks)]
+        heap = [(0, number) for number in range(len(bins))]
+        for row in np.argsort(-lengths, kind="stable"):
+            load, number = heapq.heappop(heap)
+            bins[number].append(int(row))
+            heapq.heappush(heap, (load + int(lengths[row]), number))
+        fits = all(len(rows) <= 1 or lengths[rows].sum() <= token_budget for rows in bins)
+        if fits:
+            return [bins[rank::num_ranks] for rank in range(num_ranks)]
+        rounds += 1
 
 
 def _bundles(

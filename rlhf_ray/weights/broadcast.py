@@ -1,4 +1,5 @@
-"""Weights over TCP: one sender, any number of receivers, one flat message a group of tensors.
+"""Weights from one sender to any number of receivers, one flat message a group of tensors: over TCP, or,
+where all are on one machine, in memory that they share, with one byte over TCP when a message is there.
 
 Knows nothing of models or of vLLM, so that every kind of receiver shares it. Every wait ends after `timeout`
 seconds with a `WeightSyncError`: joining the group, sending, receiving. A side that fails closes its
@@ -8,7 +9,7 @@ connections, so that the others fail at once and do not wait for their own deadl
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,7 @@ import torch
 from torch.distributed import BroadcastOptions, ProcessGroupGloo, TCPStore
 
 from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.weights.shared_memory import accept, offer
 
 SENDER_RANK = 0
 AHEAD = 2
@@ -123,10 +125,18 @@ class WeightGroup:
     and a receiver has the next one coming while it loads. All members start them in the same order.
     """
 
-    def __init__(self, address: str, port: int, rank: int, world_size: int, timeout: float) -> None:
-        """Returns when all `world_size` members have joined. The sender listens on `port`."""
+    def __init__(
+        self, address: str, port: int, rank: int, world_size: int, timeout: float, num_bytes: int = 0
+    ) -> None:
+        """Returns when all `world_size` members have joined. The sender listens on `port`.
+
+        Args:
+            num_bytes: of all messages between two calls of `flush`, by `message_bytes`; the sender says how
+                many may be shared. 0 shares none.
+        """
         deadline = timedelta(seconds=timeout)
         self._sent: deque[Message] = deque()
+        self._used = 0
         self._who = f"rank {rank} of {world_size} of the weight transfer at {address}:{port}"
         try:
             self._store = TCPStore(
@@ -138,6 +148,11 @@ class WeightGroup:
                 wait_for_workers=False,
             )
             self._group: ProcessGroupGloo | None = ProcessGroupGloo(self._store, rank, world_size, deadline)
+            self._shared = (
+                offer(self._store, world_size - 1, num_bytes)
+                if rank == SENDER_RANK
+                else accept(self._store, rank)
+            )
         except RuntimeError as error:
             raise WeightSyncError(
                 f"{self._who}: not everyone joined within {timeout:g} s: {error}"
@@ -149,19 +164,20 @@ class WeightGroup:
         Returns when the message is on its way; the tensors may change then. `flush` waits for its arrival.
         """
         offsets, num_bytes = _layout([tensor.numel() * tensor.dtype.itemsize for tensor in tensors])
-        memory = self._memory(num_bytes)
+        memory = self._earlier_memory(num_bytes) if self._shared is None else self._next_shared(num_bytes)
         for tensor, offset in zip(tensors, offsets, strict=True):
             _view(memory, offset, tensor.dtype, tuple(tensor.shape)).copy_(tensor)
-        self._sent.append(Message(memory, self._start(memory[:num_bytes])))
+        self._sent.append(self._start(memory, num_bytes))
 
     def flush(self) -> None:
         """Wait until all that was sent has arrived."""
         while self._sent:
             self._finish(self._sent.popleft())
+        self._used = 0
 
     def receive_all(self, plan: BroadcastPlan, load: Callable[[NamedTensors], None]) -> None:
         """Receive what is planned and hand it to `load` group by group, on the CPU, in memory that is not
-        used again for the next group.
+        used again before all of the next plan's messages.
 
         Whatever `load` raises is raised here, after the connections are closed: the sender then fails at one
         of its next messages and does not go on to fill a receiver that has given up.
@@ -174,6 +190,7 @@ class WeightGroup:
                     load(self._arrived(*coming.popleft()))
             while coming:
                 load(self._arrived(*coming.popleft()))
+            self._used = 0
         except BaseException:
             # The connections close only when nothing is under way any more.
             for _, message in coming:
@@ -184,9 +201,18 @@ class WeightGroup:
 
     def close(self) -> None:
         self._sent.clear()
-        self._group = None
+        self._group = self._shared = None
 
-    def _memory(self, num_bytes: int) -> torch.Tensor:
+    def _next_shared(self, num_bytes: int) -> torch.Tensor:
+        assert self._shared is not None
+        start, self._used = self._used, self._used + num_bytes
+        if self._used > len(self._shared):
+            raise WeightSyncError(
+                f"{self._who}: more is sent than the {len(self._shared)} bytes that were announced"
+            )
+        return self._shared[start : self._used]
+
+    def _earlier_memory(self, num_bytes: int) -> torch.Tensor:
         """For a message, at least so long: that of an earlier one that has arrived, since fresh pages cost
         about as much as the copy into them."""
         if len(self._sent) == AHEAD:
@@ -198,8 +224,9 @@ class WeightGroup:
 
     def _expect(self, specs: Sequence[TensorSpec]) -> Message:
         _, num_bytes = _layout([spec.num_bytes for spec in specs])
-        memory = torch.empty(num_bytes, dtype=torch.uint8)
-        return Message(memory, self._start(memory))
+        if self._shared is not None:
+            return self._start(self._next_shared(num_bytes), num_bytes)
+        return self._start(torch.empty(num_bytes, dtype=torch.uint8), num_bytes)
 
     def _arrived(self, specs: Sequence[TensorSpec], message: Message) -> NamedTensors:
         self._finish(message)
@@ -207,14 +234,16 @@ class WeightGroup:
         pairs = zip(specs, offsets, strict=True)
         return [(spec.name, _view(message.memory, offset, spec.dtype, spec.shape)) for spec, offset in pairs]
 
-    def _start(self, flat: torch.Tensor) -> Transfer:
+    def _start(self, memory: torch.Tensor, num_bytes: int) -> Message:
+        """The message in the first `num_bytes` of the memory on its way; one in shared memory is there."""
         if self._group is None:
             raise WeightSyncError(f"{self._who}: the connections are closed; connect anew")
+        sent = memory[:num_bytes] if self._shared is None else torch.empty(1, dtype=torch.uint8)
         options = BroadcastOptions()
         options.rootRank = SENDER_RANK
         options.rootTensor = 0
         try:
-            return self._group.broadcast([flat], options)  # type: ignore[attr-defined]
+            return Message(memory, self._group.broadcast([sent], options))  # type: ignore[attr-defined]
         except RuntimeError as error:
             raise WeightSyncError(f"{self._who}: {error}") from error
 
@@ -223,6 +252,11 @@ class WeightGroup:
             message.wait()
         except RuntimeError as error:
             raise WeightSyncError(f"{self._who}: {error}") from error
+
+
+def message_bytes(groups: Iterable[Sequence[TensorSpec]]) -> int:
+    """Of the messages for all these groups together."""
+    return sum(_layout([spec.num_bytes for spec in specs])[1] for specs in groups)
 
 
 def _layout(sizes: Sequence[int]) -> tuple[list[int], int]:

@@ -23,6 +23,7 @@ from rlhf_ray.weights.broadcast import (
     Endpoint,
     TensorSpec,
     WeightGroup,
+    message_bytes,
 )
 from rlhf_ray.weights.plugin import BACKEND
 from rlhf_ray.weights.source import WeightSource
@@ -95,7 +96,8 @@ class GlooTrainerWeightTransferEngine:
         address, port, world_size = init_info.master_address, init_info.master_port, init_info.world_size
         endpoint = Endpoint(address, port, SENDER_RANK + 1, world_size, self._timeout)
         receivers = in_background(self.client.init_weight_transfer_engine, asdict(endpoint))
-        sender = in_background(WeightGroup, address, port, SENDER_RANK, world_size, self._timeout)
+        num_bytes = message_bytes(self._groups())
+        sender = in_background(WeightGroup, address, port, SENDER_RANK, world_size, self._timeout, num_bytes)
         both: list[Future[Any]] = [receivers, sender]
         finished, unfinished = wait(both, timeout=2 * self._timeout, return_when=FIRST_EXCEPTION)
         for call in both:
@@ -110,8 +112,7 @@ class GlooTrainerWeightTransferEngine:
         if not self.is_sender:
             self._walk()
             return
-        specs = {spec.name: spec for spec in self.source.metadata()}
-        groups = [[specs[name] for name in names] for names in self.source.groups()]
+        groups = self._groups()
         try:
             self.client.start_weight_update()
         except Exception:
@@ -132,6 +133,10 @@ class GlooTrainerWeightTransferEngine:
         except TimeoutError as error:
             raise WeightSyncError(f"the engines did not load what was sent in {self._timeout:g} s") from error
         self.client.finish_weight_update()
+
+    def _groups(self) -> list[list[TensorSpec]]:
+        specs = {spec.name: spec for spec in self.source.metadata()}
+        return [[specs[name] for name in names] for names in self.source.groups()]
 
     def _walk(self) -> None:
         for _ in self.source.iter_groups():

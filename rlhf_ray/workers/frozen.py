@@ -18,6 +18,7 @@ from rlhf_ray.models.heads import PolicyModel, ScalarModel
 from rlhf_ray.models.inference import forward_rows, in_row_order, row_totals
 from rlhf_ray.models.loading import load_policy_model, load_scalar_model
 from rlhf_ray.models.planning import plan_micro_batches
+from rlhf_ray.models.row_attention import attend_by_rows
 from rlhf_ray.models.sharing import check_sharing
 from rlhf_ray.types import Ragged, Rollouts, TwoAnswers
 
@@ -34,7 +35,7 @@ class FrozenModel:
 
     def __init__(
         self,
-        build: Callable[[], torch.nn.Module],
+        build: Callable[[], PolicyModel | ScalarModel],
         training: TrainingSection,
         device: torch.device,
         world: World | None = None,
@@ -43,11 +44,22 @@ class FrozenModel:
         self.device = device
         self.world = world
         self.module: torch.nn.Module | FrozenParts
+        built: list[PolicyModel | ScalarModel] = []
+
+        def kept() -> torch.nn.Module:
+            built.append(build())
+            return built[0]
+
         if world is None:
-            self.module = build().eval().requires_grad_(False).to(device)
+            self.module = kept().eval().requires_grad_(False).to(device)
         else:
             init_world(world)
-            self.module = FrozenParts(build, device)
+            self.module = FrozenParts(kept, device)
+        self.model = built[0].model
+        if training.share_prompts and isinstance(built[0], PolicyModel):
+            check_sharing(self.model)
+        elif training.packing:
+            attend_by_rows(self.model)
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.training.uses_bfloat16)
@@ -75,7 +87,9 @@ class FrozenModel:
 
         training, (rank, size) = self.training, self._place
         shared = prompts if training.share_prompts else None
-        plan = plan_micro_batches(sequences.lengths, size, training.tokens_per_micro_batch, shared)
+        plan = plan_micro_batches(
+            sequences.lengths, size, training.tokens_per_micro_batch, shared, packed=training.packing
+        )
         with self.autocast():
             part = forward_rows(
                 forward, sequences, is_source, plan[rank], training.layout, self.device, prompts
@@ -175,16 +189,11 @@ class ReferenceWorker(Reference):
         # In parts, every rank has to take equally many steps.
         budget = training.tokens_per_micro_batch if world else training.lockstep_tokens
 
-        loaded: list[PolicyModel] = []
-
         def build() -> PolicyModel:
-            loaded.append(PolicyModel(load_policy_model(model, attention=training.attention), budget))
-            return loaded[0]
+            return PolicyModel(load_policy_model(model, attention=training.attention), budget)
 
         super().__init__(FrozenModel(build, training, device, world))
         self.world = world
-        if training.share_prompts:
-            check_sharing(loaded[0].model)
 
     def close(self) -> None:
         if self.world is not None:

@@ -25,6 +25,7 @@ from rlhf_ray.models.heads import PolicyModel, ScalarModel
 from rlhf_ray.models.inference import forward_rows, in_row_order
 from rlhf_ray.models.loading import save_model_folder
 from rlhf_ray.models.planning import plan_micro_batches
+from rlhf_ray.models.row_attention import attend_by_rows
 from rlhf_ray.models.sharing import check_sharing
 from rlhf_ray.reporting.files import naming_a_full_disk
 from rlhf_ray.seeds import derive_seed
@@ -99,10 +100,12 @@ class ModelWorker:
             return module
 
         self.engine = TrainEngine(adapted, spec.optimizer, spec.training, spec.world, spec.total_steps)
+        model = self.engine.module.model
+        assert isinstance(model, PreTrainedModel)
         if spec.training.share_prompts:
-            model = self.engine.module.model
-            assert isinstance(model, PreTrainedModel)
             check_sharing(model)
+        elif spec.training.packing:
+            attend_by_rows(model)
         seed_everything(derive_seed(spec.seed, spec.world.rank))
 
     def update(
@@ -165,7 +168,9 @@ class ModelWorker:
         training = self.spec.training
         shared = prompts if training.share_prompts else None
         num_groups, budget = self.world.size // self.num_sharing, training.tokens_per_micro_batch
-        plan = plan_micro_batches(lengths, num_groups, budget * self.num_sharing, shared)
+        plan = plan_micro_batches(
+            lengths, num_groups, budget * self.num_sharing, shared, packed=training.packing
+        )
         return plan[self.world.rank // self.num_sharing]
 
     def _reduce(self, parts: list[MetricSums]) -> Metrics:

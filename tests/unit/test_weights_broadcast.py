@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from rlhf_ray.errors import WeightSyncError
-from rlhf_ray.weights.broadcast import BroadcastPlan, NamedTensors, TensorSpec, WeightGroup
+from rlhf_ray.weights import shared_memory
+from rlhf_ray.weights.broadcast import (
+    BroadcastPlan,
+    NamedTensors,
+    TensorSpec,
+    WeightGroup,
+    message_bytes,
+)
 from rlhf_ray.weights.gloo import announcement, in_background
 from tests.engine_process import free_port
 
+SHARED_BYTES = 40_000_000
+either_way = pytest.mark.parametrize("num_bytes", [0, SHARED_BYTES], ids=["tcp", "shared memory"])
 
-def connect(num_receivers: int, timeout: float = 20.0) -> list[WeightGroup]:
-    """Sender and receivers, all in this process."""
+
+def connect(num_receivers: int, timeout: float = 20.0, num_bytes: int = 0) -> list[WeightGroup]:
+    """Sender and receivers, all in this process. num_bytes: of the memory that they share."""
     port, size = free_port(), num_receivers + 1
-    joining = [in_background(WeightGroup, "127.0.0.1", port, rank, size, timeout) for rank in range(size)]
+    joining = [
+        in_background(WeightGroup, "127.0.0.1", port, rank, size, timeout, num_bytes if rank == 0 else 0)
+        for rank in range(size)
+    ]
     return [future.result(timeout) for future in joining]
+
+
+def shared_files() -> list[Path]:
+    return list(shared_memory.FOLDER.glob("rlhf_ray-*"))
 
 
 def tensors() -> list[torch.Tensor]:
@@ -33,8 +54,9 @@ def tensors() -> list[torch.Tensor]:
     ]
 
 
-def test_tensors_of_any_type_and_layout_arrive_bit_for_bit_at_every_receiver() -> None:
-    sender, *receivers = connect(num_receivers=2)
+@either_way
+def test_tensors_of_any_type_and_layout_arrive_bit_for_bit_at_every_receiver(num_bytes: int) -> None:
+    sender, *receivers = connect(num_receivers=2, num_bytes=num_bytes)
     sent = tensors()
     specs = [TensorSpec(f"t{i}", tensor.dtype, tuple(tensor.shape)) for i, tensor in enumerate(sent)]
     plan = announcement([specs[:3], specs[3:]])
@@ -53,9 +75,10 @@ def test_tensors_of_any_type_and_layout_arrive_bit_for_bit_at_every_receiver() -
             assert got.dtype == want.dtype and torch.equal(got, want)
 
 
-def test_messages_of_any_length_follow_each_other_while_the_receivers_load() -> None:
+@either_way
+def test_messages_of_any_length_follow_each_other_while_the_receivers_load(num_bytes: int) -> None:
     """The sender's memory is used again, by longer and by shorter messages, and what was received stays."""
-    sender, *receivers = connect(num_receivers=2)
+    sender, *receivers = connect(num_receivers=2, num_bytes=num_bytes)
     sent = [torch.full((size,), float(number)) for number, size in enumerate([9, 70_000, 3, 1, 200_000, 5])]
     specs = [TensorSpec(f"t{number}", torch.float32, tuple(t.shape)) for number, t in enumerate(sent)]
     plan = announcement([[spec] for spec in specs])
@@ -81,8 +104,9 @@ def test_messages_of_any_length_follow_each_other_while_the_receivers_load() -> 
         assert all(torch.equal(got, want) for (_, got), want in zip(pairs, sent, strict=True))
 
 
-def test_the_next_message_travels_while_one_is_loaded() -> None:
-    sender, receiver = connect(num_receivers=1)
+@either_way
+def test_the_next_message_travels_while_one_is_loaded(num_bytes: int) -> None:
+    sender, receiver = connect(num_receivers=1, num_bytes=num_bytes)
     spec = TensorSpec("t", torch.float32, (4_000_000,))  # more than the system's buffers hold
     loading, go_on = threading.Event(), threading.Event()
 
@@ -97,6 +121,62 @@ def test_the_next_message_travels_while_one_is_loaded() -> None:
     assert loading.wait(20.0) and not receiving.done()  # both have arrived, and the first is not loaded yet
     go_on.set()
     receiving.result(20.0)
+
+
+def test_shared_memory_is_used_again_by_the_next_update_and_leaves_no_file() -> None:
+    spec = TensorSpec("t", torch.float32, (1000,))
+    plan = announcement([[spec], [spec]])
+    sender, receiver = connect(num_receivers=1, num_bytes=message_bytes(plan.groups()))
+    assert not shared_files()
+    for update in range(3):
+        arrived: NamedTensors = []
+        receiving = in_background(receiver.receive_all, plan, arrived.extend)
+        for value in (update, -update):
+            sender.send([torch.full(spec.shape, float(value))])
+        sender.flush()
+        receiving.result(20.0)
+        assert [tensor[0].item() for _, tensor in arrived] == [update, -update]
+    with pytest.raises(WeightSyncError, match="8000 bytes that were announced"):
+        sender.send([torch.ones(2001)])
+
+
+class Elsewhere:
+    """A receiver's store on another machine, where the sender's file is not."""
+
+    def __init__(self, store: HashStore) -> None:
+        self._store = store
+
+    def get(self, key: str) -> bytes:
+        return b"not-here" if key == shared_memory.NAME else self._store.get(key)
+
+    def set(self, key: str, value: str) -> None:
+        self._store.set(key, value)
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_memory_is_shared_by_all_or_by_nobody(is_elsewhere: bool) -> None:
+    store = HashStore()
+    offered = in_background(shared_memory.offer, store, 2, 4096)
+    here = in_background(shared_memory.accept, store, 1)
+    there = in_background(shared_memory.accept, Elsewhere(store) if is_elsewhere else store, 2)
+    ends = [future.result(20.0) for future in (offered, here, there)]
+    assert not shared_files()
+    if is_elsewhere:
+        assert ends == [None, None, None]
+    else:
+        ends[0][4095] = 7
+        assert [len(end) for end in ends] == [4096] * 3 and ends[1][4095] == ends[2][4095] == 7
+
+
+def test_without_room_for_it_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    store = HashStore()
+    offered = in_background(shared_memory.offer, store, 1, 4096)
+    assert shared_memory.accept(store, 1) is None and offered.result(20.0) is None
+    assert not shared_files()
 
 
 def test_a_contradictory_plan_is_refused() -> None:
