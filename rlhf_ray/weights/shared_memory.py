@@ -24,7 +24,7 @@ def offer(store: Store, num_receivers: int, num_bytes: int) -> torch.Tensor | No
     """
     path = FOLDER / f"rlhf_ray-{uuid4().hex}"
     try:
-        memory = _map(path, num_bytes)
+        memory = _map(path, num_bytes) if _has_room(num_bytes) else None
         store.set(NAME, path.name if memory is not None else "")
         answers = [store.get(_answer(rank)) for rank in range(1, num_receivers + 1)]
     finally:
@@ -41,6 +41,15 @@ def accept(store: Store, rank: int) -> torch.Tensor | None:
     memory = _map(FOLDER / name) if name else None
     store.set(_answer(rank), "yes" if memory is not None else "no")
     return memory if store.get(SHARED) == b"yes" else None
+
+
+def _has_room(num_bytes: int) -> bool:
+    """Half of the folder is left to others: Ray's object store grows there and ends with what cannot."""
+    try:
+        found = os.statvfs(FOLDER)
+    except OSError:
+        return False
+    return found.f_bavail * found.f_frsize - num_bytes >= found.f_blocks * found.f_frsize / 2
 
 
 def _answer(rank: int) -> str:

@@ -7,7 +7,9 @@ import functools
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,11 +170,19 @@ def test_memory_is_shared_by_all_or_by_nobody(is_elsewhere: bool) -> None:
         assert [len(end) for end in ends] == [4096] * 3 and ends[1][4095] == ends[2][4095] == 7
 
 
-def test_without_room_for_it_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+
+def half_taken(_: object) -> SimpleNamespace:
+    return SimpleNamespace(f_frsize=4096, f_blocks=10, f_bavail=5)
+
+
+@pytest.mark.parametrize(("call", "answer"), [("posix_fallocate", full), ("statvfs", half_taken)])
+def test_without_room_for_it_nothing_is_shared(
+    monkeypatch: pytest.MonkeyPatch, call: str, answer: Callable[[object], object]
+) -> None:
+    monkeypatch.setattr(os, call, answer)
     store = HashStore()
     offered = in_background(shared_memory.offer, store, 1, 4096)
     assert shared_memory.accept(store, 1) is None and offered.result(20.0) is None

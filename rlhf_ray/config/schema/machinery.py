@@ -40,7 +40,9 @@ class TrainingSection(Section):
     (without AVX-512), where mixed would take ten times as long.
     tokens_per_micro_batch: budget of padded tokens in one forward/backward; raises or lowers memory, never
     the result.
-    packing: sequences of a micro-batch in one row, without padding; pays with FlashAttention on a GPU.
+    packing: sequences of a micro-batch in one row, without padding. Each attends by itself: in one kernel
+    with FlashAttention on a GPU, else one after the other, which pays on a CPU. A model with windows gets a
+    mask over the whole row.
     share_prompts: in the online stage, the answers to a prompt stand behind it in one row, and it is computed
     once for all of them that a micro-batch has, with the same result. Pays where num_generations is large and
     answers are not much longer than prompts. For models whose every layer has full attention.
