@@ -242,7 +242,7 @@ class RemotePolicy(RemoteTrained):
             self.engines.wait()
         metrics = self._send(version)
         self._published, self._trained = version, ()
-        return {**metrics, **self._verify()} if verify else metrics
+        return {**metrics, **self._verify(self._probed())} if verify else metrics
 
     def _send(self, version: int) -> Metrics:
         """Publish, and with new engines once more where one died over it: the others hold neither the old
@@ -280,21 +280,27 @@ class RemotePolicy(RemoteTrained):
         """
         if self._published is None or any(task.is_sent for task in self._trained):
             raise WorkerLost("every engine is lost, and the policy has been trained since it was published")
+        if self.probe is None:
+            self._send(self._published)
+            return
+        probed = self._probed()
+        probed.result()  # once engines are in service, what waited for them goes on, training too
         self._send(self._published)
-        if self.probe is not None:
-            self._verify()
+        self._verify(probed)
 
-    def _verify(self) -> Metrics:
-        """Compare every engine with the trainer on the probe; the metrics are those of the worst engine.
+    def _probed(self) -> Remote[Ragged]:
+        return cast(Remote[Ragged], self.group.call("probe", self.probe, kind="verify"))
+
+    def _verify(self, probed: Pending[Ragged]) -> Metrics:
+        """Compare every engine with the trainer as it was `probed`; the metrics are the worst engine's.
 
         Raises:
             WeightSyncError: an engine does not hold what was published.
         """
         assert self.engines is not None and self.probe is not None
         pending = self.engines.probe(self.probe)
-        trainer = cast(Remote[Ragged], self.group.call("probe", self.probe, kind="verify")).result()
         reports = [
-            history.check(Probe(engine=engine.result(), trainer=trainer))
+            history.check(Probe(engine=engine.result(), trainer=probed.result()))
             for history, engine in zip(self._histories, pending, strict=True)
         ]
         return max(reports, key=lambda report: report.mean).metrics()
