@@ -13,13 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf_ray.models.batching import collate
-from rlhf_ray.models.heads import BY_ROWS, hidden_states
+from rlhf_ray.config.schema import Layout
+from rlhf_ray.models.batching import TokenBatch, collate
+from rlhf_ray.models.heads import BY_ROWS
+from rlhf_ray.models.sharing import TOLERANCE, distance
 from rlhf_ray.types import Ragged
 
 WRAPPED = "sdpa"
-TOLERANCE = 1e-3
-"""Of the largest hidden state. Float32 rounds by less; a model that looks at other sequences errs by more."""
 
 
 def attend_by_rows(model: PreTrainedModel) -> bool:
@@ -32,12 +32,9 @@ def attend_by_rows(model: PreTrainedModel) -> bool:
     if model.config._attn_implementation != WRAPPED or has_windows:
         return False
     ALL_ATTENTION_FUNCTIONS.register(BY_ROWS, _by_rows)
-    sequences = _trial(config.vocab_size)
-    alone = _hidden(model, sequences, packed=False)
     model.set_attn_implementation(BY_ROWS)
     try:
-        distance = (alone - _hidden(model, sequences, packed=True)).abs().max() / alone.abs().max()
-        is_exact = bool(distance < TOLERANCE)
+        is_exact = distance(model, _trial(model, "padded"), _trial(model, "packed")) < TOLERANCE
     except (TypeError, ValueError, RuntimeError):
         is_exact = False
     if not is_exact:
@@ -67,18 +64,10 @@ def _by_rows(
     return torch.cat(parts, dim=1), None
 
 
-def _trial(vocabulary: int) -> Ragged:
+def _trial(model: PreTrainedModel, layout: Layout) -> TokenBatch:
+    """Three sequences, of which every hidden state is wanted. What is padded is computed without lengths, as
+    the wrapped kernel does it."""
+    vocabulary = model.config.get_text_config().vocab_size
     tokens = np.random.default_rng(0).integers(vocabulary, size=24).astype(np.int32)
-    return Ragged.from_rows([tokens[:5], tokens[5:14], tokens[14:]], np.int32)
-
-
-@torch.no_grad()
-def _hidden(model: PreTrainedModel, sequences: Ragged, packed: bool) -> torch.Tensor:
-    everywhere = np.ones(len(sequences.values), dtype=bool)
-    was_training = model.training
-    model.eval()
-    found = hidden_states(
-        model, collate(sequences, everywhere, "packed" if packed else "padded", model.device)
-    )
-    model.train(was_training)
-    return found
+    sequences = Ragged.from_rows([tokens[:5], tokens[5:14], tokens[14:]], np.int32)
+    return collate(sequences, np.ones(len(tokens), dtype=bool), layout, model.device)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from rlhf_ray.config.schema import Layout
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.models.batching import before_responses, collate
+from rlhf_ray.models.batching import TokenBatch, before_responses, collate
 from rlhf_ray.models.heads import hidden_states
 from rlhf_ray.types import Ragged
 
@@ -32,11 +32,11 @@ def check_sharing(model: PreTrainedModel) -> None:
             "and prompts can be shared under full attention only; leave share_prompts out"
         )
     try:
-        distance = _distance(model)
+        error_of_shared = _distance(model)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(_refusal(model, f"fails ({str(error).splitlines()[0]})")) from error
-    if not distance < TOLERANCE:
-        raise ConfigError(_refusal(model, f"gives other hidden states (by {distance:.2g})"))
+    if not error_of_shared < TOLERANCE:
+        raise ConfigError(_refusal(model, f"gives other hidden states (by {error_of_shared:.2g})"))
 
 
 def _refusal(model: PreTrainedModel, what: str) -> str:
@@ -46,20 +46,22 @@ def _refusal(model: PreTrainedModel, what: str) -> str:
     )
 
 
-@torch.no_grad()
 def _distance(model: PreTrainedModel) -> float:
-    """Largest difference of the two layouts, relative to the largest hidden state."""
     vocabulary = model.config.get_text_config().vocab_size
     tokens = np.random.default_rng(0).integers(vocabulary, size=24).astype(np.int32)
     prompts = Ragged.from_rows([tokens[:5]] * 3, np.int32)
     sequences = Ragged.join(prompts, Ragged.from_rows([tokens[5:12], tokens[12:15], tokens[15:]], np.int32))
     is_source = before_responses(prompts.lengths, sequences)
     layouts: tuple[Layout, Layout] = ("padded", "shared")
+    alone, shared = (collate(sequences, is_source, layout, model.device, prompts) for layout in layouts)
+    return distance(model, alone, shared)
+
+
+@torch.no_grad()
+def distance(model: PreTrainedModel, alone: TokenBatch, together: TokenBatch) -> float:
+    """Largest difference of one selection in two layouts, relative to the largest hidden state."""
     was_training = model.training
     model.eval()
-    alone, shared = (
-        hidden_states(model, collate(sequences, is_source, layout, model.device, prompts))
-        for layout in layouts
-    )
+    expected, found = hidden_states(model, alone), hidden_states(model, together)
     model.train(was_training)
-    return float((alone - shared).abs().max() / alone.abs().max())
+    return float((expected - found).abs().max() / expected.abs().max())
