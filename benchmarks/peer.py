@@ -20,6 +20,9 @@ from typing import Any
 
 from rlhf_ray.errors import WorkerError
 
+NICENESS = 15
+"""That of Ray's workers: whatever else runs on the machine takes as much time from either arm."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -117,6 +120,7 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 def _serve(connection: Connection, factory: str, kwargs: dict[str, object], log: str) -> None:
     _redirect(Path(log))
+    os.nice(max(0, NICENESS - os.nice(0)))
     module, _, name = factory.partition(":")
     served: object = None
     method, args = "build", ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -30,9 +31,9 @@ from rlhf_ray.roles import Reference
 from rlhf_ray.types import Prompts, Ragged
 from rlhf_ray.weights.sync import Backend, choose_backend
 
-PROBE_ROWS, PROBE_TOKENS = 8, 32
-"""Fewer would do for wrong weights, which are off by many times the tolerance; movement
-below it needs more."""
+PROBE = {"bfloat16": (8, 32), "float32": (2, 16)}
+"""Rows and tokens. Few would do for wrong weights, which are off by many times the tolerance; movement
+below it has to stand out from the noise between trainer and engine, a thousandth if both are in float32."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class OnlineBuilder:
             generator=generator,
             scorer=build_scorer(context, self.placement, self.models.policy, self.models.rewards),
             reference=self._reference(policy) if self.section.uses_reference else None,
-            policy=RemotePolicy(policy, context.config.sync, generator, _probe(prompts), transfer),
+            policy=RemotePolicy(policy, context.config.sync, generator, self._probe(prompts), transfer),
             critic=critic,
             experience=RemoteExperience(self._experience()),
         )
@@ -175,13 +176,15 @@ class OnlineBuilder:
         )
         return group
 
+    def _probe(self, prompts: Prompts) -> Ragged:
+        """Fixed token sequences on which engine and trainer are compared after a sync."""
+        config = self.context.config
+        in_float32 = config.engine.number_format == "float32" and not config.training.uses_bfloat16
+        num_rows, num_tokens = PROBE["float32" if in_float32 else "bfloat16"]
+        rows = islice(prompts.token_ids, num_rows)
+        return Ragged.from_rows([row[-num_tokens:] for row in rows], np.int32)
+
     def _transfer(self, policy: ActorGroup, engines: ActorGroup, backend: Backend) -> Transfer:
         config = self.context.config
         tensor_parallel = config.engine.tensor_parallel_size
         return Transfer(policy, engines, backend, tensor_parallel, float(config.cluster.start_timeout))
-
-
-def _probe(prompts: Prompts) -> Ragged:
-    """Fixed token sequences on which engine and trainer are compared after a sync."""
-    rows = range(min(PROBE_ROWS, len(prompts)))
-    return Ragged.from_rows([prompts.token_ids[row][-PROBE_TOKENS:] for row in rows], np.int32)
