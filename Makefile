@@ -5,6 +5,8 @@
 .PHONY: help setup quickstart test test-all lint format lock clean
 
 BIN := .venv/bin
+# Two processes: whole runs in one, the rest in the other (tests/conftest.py). ARGS="-n 0" for one.
+SIDE_BY_SIDE := -n 2 --dist loadgroup
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -16,10 +18,10 @@ quickstart: setup ## train a small model from end to end, no GPU and no hub need
 	$(BIN)/rlhf-ray train configs/quickstart.yaml $(ARGS)
 
 test: setup ## the default tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-all: setup ## every test, the slow ones too
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "slow or not slow" $(ARGS)
 
 lint: setup ## ruff and mypy
 	@status=0; \

@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 
 from benchmarks.paired import Goal, Options, Result, compare, run_claim
 from benchmarks.updates import (
-    LENGTHS,
     BareDeepSpeed,
     Precision,
     Update,
@@ -41,6 +40,7 @@ from benchmarks.updates import (
     precision_of,
     rl_batch,
     rollouts_of,
+    without_bfloat16_half,
     worker_spec,
 )
 from rlhf_ray.config.schema import Layout, TrainingSection
@@ -146,9 +146,9 @@ def against_deepspeed(options: Options, worker: PolicyWorker) -> Result:
 
 def groups_of(options: Options, worker: PolicyWorker) -> Iterator[tuple[str, Rollouts, RLBatch]]:
     """Several answers to each prompt: the name of their lengths, and the batch."""
-    shapes = {"short answers": SHORT_ANSWERS[:16] if options.quick else SHORT_ANSWERS}
+    shapes = {"short answers": SHORT_ANSWERS[:16] if options.quick else without_bfloat16_half(SHORT_ANSWERS)}
     if not options.quick:
-        shapes["recorded lengths"] = LENGTHS
+        shapes["recorded lengths"] = lengths_of(options)
     for name, lengths in shapes.items():
         rollouts = rollouts_of(lengths, len(worker.tokenizer), GROUP)
         yield name, rollouts, rl_batch(rollouts, worker.logprobs(rollouts))

@@ -42,7 +42,13 @@ def ray_cluster() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several processes one has all that starts Ray, whose tests want the machine one after the other; the
+    others share the files of the rest."""
+    for item in items:
+        is_unit = item.path.parent.name == "unit"
+        item.add_marker(pytest.mark.xdist_group(item.path.stem if is_unit else "whole runs"))
     if torch.cuda.is_available():
         return
     for item in items:
