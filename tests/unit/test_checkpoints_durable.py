@@ -314,7 +314,7 @@ def test_what_is_no_deadline(deadline: str) -> None:
         load_config({**MINIMAL, "checkpoint": {"deadline": deadline}})
 
 
-@pytest.mark.parametrize("deadline", ["0s", (datetime.now() - timedelta(hours=1)).isoformat()], ids=["0s", "at"])
+@pytest.mark.parametrize("deadline", ["0s", (datetime.now() - timedelta(hours=1)).isoformat()], ids=[0, 1])
 def test_a_deadline_that_has_passed(deadline: str) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint\.deadline=.*: has passed"):
         load_checked({**MINIMAL, "checkpoint": {"deadline": deadline}})
