@@ -6,7 +6,7 @@
 
 BIN := .venv/bin
 # Two processes: whole runs in one, the rest in the other (tests/conftest.py). ARGS="-n 0" for one.
-SIDE_BY_SIDE := -n 2 --dist loadgroup
+SIDE_BY_SIDE := -n 2
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.command_line import CommandLine
 from tests.e2e.runs import make_workplace
@@ -42,13 +44,20 @@ def ray_cluster() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class WholeRunsApart(LoadScopeScheduling):
     """Of several processes one has all that starts Ray, whose tests want the machine one after the other; the
     others share the files of the rest."""
-    for item in items:
-        is_unit = item.path.parent.name == "unit"
-        item.add_marker(pytest.mark.xdist_group(item.path.stem if is_unit else "whole runs"))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if "/unit/" in file else "whole runs"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> WholeRunsApart:
+    return WholeRunsApart(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
