@@ -5,7 +5,7 @@
 .PHONY: help setup quickstart test test-all lint format lock clean
 
 BIN := .venv/bin
-# Two processes: whole runs in one, the rest in the other (tests/conftest.py). ARGS="-n 0" for one.
+# Two processes, each with tests of its own (tests/conftest.py). ARGS="-n 0" for one.
 SIDE_BY_SIDE := -n 2
 
 help: ## this list

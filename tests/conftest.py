@@ -45,12 +45,12 @@ def ray_cluster() -> Iterator[None]:
 
 
 class WholeRunsApart(LoadScopeScheduling):
-    """Of several processes one has all that starts Ray, whose tests want the machine one after the other; the
-    others share the files of the rest."""
+    """Tests of whole runs follow each other in one process, and so do those of actors; files of unit tests
+    go to whichever is free."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return file if "/unit/" in file else "whole runs"
+        return file if "/unit/" in file else file.rpartition("/")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> WholeRunsApart:

@@ -13,7 +13,12 @@ from tests.chaos import Killer
 from tests.command_line import ROOT
 from tests.e2e.runs import assert_same_weights, rollouts, untimed
 
-pytestmark = [pytest.mark.actors, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.slow,  # the default tests have tests/actors/test_replacement.py and test_republish.py
+    pytest.mark.actors,
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.timeout(900),
+]
 
 STEPS = 6
 
@@ -75,7 +80,6 @@ def test_what_is_killed_is_replaced_or_the_stage_goes_back_to_its_checkpoint(
     assert "online: resumed at step 2 of 5\n" in said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["reference", "critic", "experience", "engine"])
 def test_every_other_role_may_die_before_there_is_a_checkpoint(
     workplace: Path, calm: Path, whom: str
@@ -88,7 +92,6 @@ def test_every_other_role_may_die_before_there_is_a_checkpoint(
     assert_same_run(run, calm)
 
 
-@pytest.mark.slow
 def test_frozen_roles_that_share_devices_are_replaced_in_their_place(workplace: Path) -> None:
     shared = ["placement.mode=colocated", "training.zero_stage=1"]
     assert train("shared-calm", *shared) == 0
