@@ -45,12 +45,12 @@ def ray_cluster() -> Iterator[None]:
 
 
 class WholeRunsApart(LoadScopeScheduling):
-    """Tests of whole runs follow each other in one process, and so do those of actors; files of unit tests
-    go to whichever is free."""
+    """All that starts Ray follows each other in one process, since two such tests at a time take longer than
+    one after the other; files of unit tests go to whichever is free."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return file if "/unit/" in file else file.rpartition("/")[0]
+        return file if "/unit/" in file else "whole runs"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> WholeRunsApart:
