@@ -5,8 +5,8 @@
 .PHONY: help setup quickstart test test-all lint format lock clean
 
 BIN := .venv/bin
-# Two processes, each with tests of its own (tests/conftest.py). ARGS="-n 0" for one.
-SIDE_BY_SIDE := -n 2
+# ARGS="-n 2" uses two processes, each with tests of its own (tests/conftest.py).
+SIDE_BY_SIDE := -n 0
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
