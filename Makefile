@@ -1,12 +1,10 @@
 # Everything runs in .venv, which `make setup` keeps current. ARGS reaches the command behind a target:
-#   make quickstart ARGS="online.num_steps=5"      make test ARGS="tests/unit -x"
+#   make quickstart ARGS="online.num_steps=5"      make test ARGS="tests/unit -x"      make test ARGS="-n 2"
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-all lint format lock clean
 
 BIN := .venv/bin
-# ARGS="-n 2" uses two processes, each with tests of its own (tests/conftest.py).
-SIDE_BY_SIDE := -n 0
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -18,10 +16,10 @@ quickstart: setup ## train a small model from end to end, no GPU and no hub need
 	$(BIN)/rlhf-ray train configs/quickstart.yaml $(ARGS)
 
 test: setup ## the default tests
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 test-all: setup ## every test, the slow ones too
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
 
 lint: setup ## ruff and mypy
 	@status=0; \

@@ -293,7 +293,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--equal", action="store_true", help="all answers of a call equally long")
     found.add_argument("--engines", nargs="+", type=positive, default=[1])
     found.add_argument("--tensor-parallel", nargs="+", type=positive, default=[1], help="GPUs of an engine")
-    found.add_argument("--dtype", choices=("bfloat16", "float32"), help="by default as the machine is fast")
+    found.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the faster one here")
     found.add_argument("--gpu-memory-utilization", type=float, default=0.85, help="share of each GPU")
     found.add_argument("--cpu-kv-cache-gib", type=float, default=2.0, help="of each engine, without a GPU")
     found.add_argument("--repeats", type=positive, default=3, help="calls of each, after one to warm up")

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.slow,  # the default tests have tests/actors/test_replacement.py and test_republish.py
     pytest.mark.actors,
     pytest.mark.usefixtures("ray_cluster"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(600),
 ]
 
 STEPS = 6
