@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from rlhf_ray.errors import DataError
+from rlhf_ray.reporting import run_folder
 from rlhf_ray.reporting.evaluation import (
     EvalRecord,
     load_records,
@@ -211,15 +214,18 @@ def pipeline(path: Path) -> RunFolder:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_a_run_is_printed_again_from_disk(tmp_path: Path, width: int) -> None:
+def test_a_run_is_printed_again_from_disk(
+    tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=itertools.count(0, 61).__next__))
     root = pipeline(tmp_path / "run")
     console = Console(file=io.StringIO(), width=width)
     with console.capture() as capture:
         render_run(root.path, console)
     lines = [line.rstrip() for line in capture.get().splitlines()]
     assert "WorkerError: no answer" in lines
-    assert "sft     done         0:00  loss 1.25" in lines
-    assert "online  done         0:00  reward 0.500" in lines
+    assert "sft     done         1:01  loss 1.25" in lines
+    assert "online  done         1:01  reward 0.500" in lines
     assert "reward  not started" in lines
     assert sum(line.startswith("Warning: proxy, which is trained on, rose by") for line in lines) == 1
     gold = next(line for line in lines if line.startswith("gold "))
